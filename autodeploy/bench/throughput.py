@@ -1,0 +1,94 @@
+"""Output tokens per second on a ragged workload, beside Hugging Face in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..llm import LLM
+from ..runtime.sampling_params import SamplingParams
+from .workload import Workload
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """One system's run of one workload."""
+
+    name: str
+    seconds: float
+    output_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+def run_autodeploy(llm: LLM, work: Workload) -> Result:
+    """All requests submitted at once, greedy, exactly the asked number of tokens each."""
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in work.outputs
+    ]
+    started = time.perf_counter()
+    outputs = llm.generate([list(p) for p in work.prompts], params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    made = sum(len(o.outputs[0].token_ids) for o in outputs)
+    return Result("autodeploy", seconds, made)
+
+
+def run_generate(model: nn.Module, work: Workload) -> Result:
+    """`model.generate` in batches of 8 with left padding; a batch runs to its longest output.
+
+    Only tokens that were asked for count.
+    """
+    started = time.perf_counter()
+    for first in range(0, len(work.prompts), BATCH):
+        prompts = work.prompts[first : first + BATCH]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        longest = max(work.outputs[first : first + BATCH])
+        with torch.inference_mode():
+            model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=longest
+            )
+    return Result("transformers generate", time.perf_counter() - started, work.output_tokens)
+
+
+def run_generate_batch(model: nn.Module, work: Workload) -> Result:
+    """transformers' continuous batching, each request with its own number of tokens."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=False, max_new_tokens=max(work.outputs), pad_token_id=0)
+    started = time.perf_counter()
+    made = 0
+    with model.continuous_batching_context_manager(  # type: ignore[operator]
+        generation_config=config, block=True, timeout=5, warmup=False
+    ) as manager:
+        for index, (prompt, count) in enumerate(zip(work.prompts, work.outputs, strict=True)):
+            manager.add_request(
+                list(prompt), request_id=f"r{index}", max_new_tokens=count, eos_token_id=-1
+            )
+        finished = 0
+        while finished < len(work.prompts):
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError("transformers' continuous batching stopped by itself")
+                continue
+            if result.is_finished():
+                finished += 1
+                made += len(result.generated_tokens)
+    return Result("transformers generate_batch", time.perf_counter() - started, made)
+
+
+AGAINST: dict[str, Callable[[nn.Module, Workload], Result]] = {
+    "generate": run_generate,
+    "generate_batch": run_generate_batch,
+}
+"""What `--against` can name."""

@@ -1,0 +1,97 @@
+"""Loading a checkpoint: a directory or hub id becomes a model object that deploy owns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .errors import CheckpointError, UnsupportedModelError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+
+
+def load_model(
+    path: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
+    """The causal language model of a checkpoint directory or hub id, in eval mode.
+
+    Raises:
+        CheckpointError: it is missing, has no config or no weights, or cannot be read.
+        UnsupportedModelError: it holds no causal language model.
+    """
+    _check_directory(path)
+    where = f"checkpoint '{path}'"
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where} has no readable config: {_short(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{where} is an encoder-decoder: it needs an encoder input beside input_ids; "
+            "deploy takes decoder-only models"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(
+                f"{where} ({type(config).__name__}) has no causal language-model class in "
+                "transformers: it is an encoder or another kind of model"
+            ) from error
+        raise CheckpointError(f"{where} cannot be loaded: {_short(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{where} cannot be loaded: {_short(error)}") from error
+    model.eval()
+    return model.to(_device(device))
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"no tokenizer can be loaded from '{path}': {_short(error)}; pass tokenizer=..., or "
+            "give prompts as token ids"
+        ) from error
+
+
+def _check_directory(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+            raise CheckpointError(f"checkpoint directory '{path}' does not exist")
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"'{path}' is a file; give the checkpoint's directory")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"checkpoint directory '{path}' has no config.json")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise CheckpointError(
+            f"checkpoint directory '{path}' has no weights (*.safetensors or *.bin); "
+            "was the download complete?"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _short(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,89 @@
+"""Everything `deploy` can be told, in one place. Names are vLLM's where they mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .transforms.recipe import Recipe, suggest
+
+EXECUTORS = ("inprocess", "process")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class DeployConfig:
+    """What to deploy and how.
+
+    Raises:
+        ConfigError: a value is out of range or of the wrong type.
+    """
+
+    model: Any
+    """A live `AutoModelForCausalLM`, a checkpoint directory, or a hub id."""
+    tokenizer: Any = None
+    """A tokenizer object, a path or id, or None: the checkpoint's own, if `model` names one."""
+    recipe: str | Path | Mapping[str, Any] | Recipe = "default"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of recipe steps by step id, applied last."""
+    dtype: str = "auto"
+    """Of a checkpoint; a live model keeps the one it has."""
+    device: str = "auto"
+    """Where a checkpoint is loaded; a live model stays where it is. auto: cuda if there is one."""
+    max_model_len: int | None = None
+    """Longest prompt plus output; None: what the model states."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_prefill_chunk: int | None = None
+    """Most prompt tokens of one request in one step; None: only the step's budget."""
+    block_size: int = 16
+    """Tokens a KV page holds."""
+    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: int | None = None
+    """None: enough for `max_num_seqs` full sequences, but at most a quarter of free memory."""
+    num_pages: int | None = None
+    """Exact number of KV pages per cache group; overrides the memory budget."""
+    executor: str = "inprocess"
+    """inprocess, or process: a worker process that a crash cannot take the caller down with."""
+    verify: bool = False
+    """Compare logits with the plain model after every step of the recipe."""
+    dump_graphs: str | Path | None = None
+    """Directory for the graph's text after every step."""
+    seed: int = 0
+    """Of the stream that gives requests without a seed theirs."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            self._positive(name)
+        for name in ("max_model_len", "max_prefill_chunk", "kv_cache_memory_bytes", "num_pages"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        self._one_of("executor", EXECUTORS)
+        self._one_of("dtype", DTYPES)
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be an integer, not {self.seed!r}")
+
+    @classmethod
+    def from_options(cls, model: Any, options: Mapping[str, Any]) -> DeployConfig:
+        """Builds a config from keywords; an unknown one is an error that suggests the nearest."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"deploy has no option '{name}'{suggest(name, known)}")
+        return cls(model, **options)
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+    def _one_of(self, name: str, values: tuple[str, ...]) -> None:
+        if getattr(self, name) not in values:
+            raise ConfigError(
+                f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}"
+            )

@@ -1,0 +1,30 @@
+"""Token mixers whose past is a state of fixed size: short convolutions and recurrences.
+
+Each op comes in a functional form over packed sequences and a cached form that continues from
+rows of a per-sequence cache. The cached forms differ from the functional ones only in where a
+sequence's first state comes from and its last one goes.
+"""
+
+from .causal_conv1d import ACTIVATIONS, cached_causal_conv1d, causal_conv1d
+from .delta_rule import (
+    cached_gated_delta_rule,
+    cached_kimi_delta_attention,
+    gated_delta_rule,
+    kimi_delta_attention,
+)
+from .selective_scan import cached_selective_scan, selective_scan
+from .ssd_scan import cached_ssd_scan, ssd_scan
+
+__all__ = [
+    "ACTIVATIONS",
+    "cached_causal_conv1d",
+    "cached_gated_delta_rule",
+    "cached_kimi_delta_attention",
+    "cached_selective_scan",
+    "cached_ssd_scan",
+    "causal_conv1d",
+    "gated_delta_rule",
+    "kimi_delta_attention",
+    "selective_scan",
+    "ssd_scan",
+]

@@ -1,0 +1,117 @@
+"""What the front and the engine say to each other; the same objects in process and on a socket.
+
+Every message is a msgspec struct, so it crosses a process boundary without pickle.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .sampling_params import SamplingParams
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One candidate's log probability (natural log, after nothing but softmax) and its rank."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+
+
+class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
+    """One sequence to generate. `n > 1` and beams are several of these, made by the front."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: list[int] = []
+    seed: int = 0
+    """Resolved by the front; the only source of randomness of this request."""
+    priority: int = 0
+    """Lower runs first; equal priorities run first come, first served."""
+    arrival_time: float = 0.0
+    cache_salt: str | None = None
+    """Requests share cached prefixes only with requests of the same salt."""
+
+
+class AbortRequest(msgspec.Struct, tag="abort"):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    pass
+
+
+class RequestMetrics(msgspec.Struct, kw_only=True):
+    """Seconds on the engine host's `time.time` clock; None for what has not happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    preemptions: int = 0
+
+
+class TokenOutput(msgspec.Struct, kw_only=True, tag="tokens"):
+    """What one step gave one request."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[list[TokenLogprob]] | None = None
+    """Per new token: the sampled token first, then the top candidates asked for."""
+    prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    """Sent once, with the first token; the entry of the first prompt token is None."""
+    finish_reason: str | None = None
+    """'stop', 'length', 'abort' or None while running."""
+    stop_reason: int | str | None = None
+    """The stop token id that ended it; None for EOS and for length."""
+    metrics: RequestMetrics | None = None
+
+
+class RequestFailed(msgspec.Struct, kw_only=True, tag="failed"):
+    """A request the engine cannot serve; other requests are untouched."""
+
+    request_id: str
+    error: str
+    """Name of the exception type of autodeploy's error tree."""
+    message: str
+
+
+class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
+    """One step of the engine, as counters and gauges."""
+
+    step: int = 0
+    step_seconds: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    scheduled_tokens: int = 0
+    generated_tokens: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache, since start."""
+    prefix_hits: int = 0
+    preemptions: int = 0
+    aborted: int = 0
+    finished: int = 0
+
+
+class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
+    """The worker has built its engine."""
+
+    vocab_size: int
+    max_model_len: int
+    summary: dict[str, str] = {}
+
+
+class EngineDied(msgspec.Struct, tag="died"):
+    """The engine cannot go on; every open request ends with this message."""
+
+    message: str
+
+
+FromFront = EngineRequest | AbortRequest | Shutdown
+FromEngine = list[TokenOutput | RequestFailed | EngineStats | EngineReady | EngineDied]

@@ -1,0 +1,13 @@
+"""The transforms that ship with autodeploy, one file each; importing this registers them."""
+
+from . import cache, canonicalize, compile, fuse_parallel_linears, gather_logits, load, lower
+
+__all__ = [
+    "cache",
+    "canonicalize",
+    "compile",
+    "fuse_parallel_linears",
+    "gather_logits",
+    "load",
+    "lower",
+]

@@ -1,0 +1,54 @@
+"""lower: every op node calls the best implementation that applies to its shapes and device.
+
+    autodeploy.paged_attention(...)   ->   paged_attention.native_cpu(...)
+
+Late on purpose: every earlier step sees one spelling per idea. The chosen function is called
+directly, without the dispatcher, unless a compiler follows (`through_dispatcher`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from autodeploy.custom_ops.op import Choice, op_of
+
+from ...errors import TransformError
+from ..program import Fact, Program
+from ..transform import Site, Transform, register_transform
+
+
+@register_transform("lower")
+@dataclass(frozen=True)
+class Lower(Transform):
+    """Chooses implementations.
+
+    prefer: names taken first wherever they apply.
+    through_dispatcher: call them as `torch.ops`, which a compiler needs.
+    """
+
+    needs = frozenset({Fact.CACHED})
+    gives = frozenset({Fact.LOWERED})
+    prefer: tuple[str, ...] = ()
+    through_dispatcher: bool = False
+
+    def sites(self, program: Program) -> Iterable[Site]:
+        for node in program.graph.nodes:
+            if node.op == "call_function" and op_of(node.target) is not None:
+                yield Site((node,))
+
+    def rewrite(self, program: Program, site: Site) -> None:
+        node = site.nodes[0]
+        op = op_of(node.target)
+        if op is None:
+            raise TransformError(f"{site.where} is no op node")
+        bound = op.bind(node.args, node.kwargs)
+        values = fx.node.map_arg(bound, lambda n: n.meta["val"])
+        chosen = op.choose(Choice(program.contract.device, values), self.prefer)
+        node.args, node.kwargs = tuple(bound.values()), {}
+        node.meta["op"], node.meta["implementation"] = op.name, chosen.name
+        if op.mutates:
+            node.meta["mutates"] = True
+        node.target = op.dispatched(chosen) if self.through_dispatcher else chosen.function

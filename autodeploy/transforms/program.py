@@ -1,0 +1,176 @@
+"""Program: the graph, its weights as lazy slices, its caches and what is known about it.
+
+The graph takes step metadata and caches as inputs (`placeholder`) and weights as attributes
+(`get_attr`), and returns logits [N, vocab]. Until `load` the attributes are shapes without
+values: a fused weight is a list of slices of checkpoint tensors, read once, when it is needed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from autodeploy.custom_ops.contract import CacheInput, Contract
+from autodeploy.custom_ops.op import op_of
+
+from ..errors import TransformError
+
+
+class Fact(enum.Enum):
+    """What a transform may rely on; see `Transform.needs`, `gives` and `breaks`."""
+
+    FUNCTIONAL = "no node writes to its inputs"
+    CANONICAL = "no dead, duplicate or identity nodes"
+    LAZY_WEIGHTS = "weights are not materialised yet"
+    CACHED = "tokens of earlier steps are read from caches"
+    LOWERED = "every op node calls a chosen implementation"
+    LOADED = "weights are on their device"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the graph, made of checkpoint tensors joined along dimension 0."""
+
+    pieces: tuple[str, ...]
+    """Names in the weight source, in order; one piece is that tensor itself, not a copy."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class WeightSource:
+    """Tensors by name. `owned`: nobody else needs them, so reading may release them."""
+
+    tensors: dict[str, torch.Tensor]
+    owned: bool = False
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """The weight's value; several pieces are joined into one new tensor.
+
+        Raises:
+            TransformError: a piece is missing.
+        """
+        missing = [name for name in weight.pieces if name not in self.tensors]
+        if missing:
+            raise TransformError(f"weight '{missing[0]}' is not in the checkpoint")
+        pieces = [self.tensors[name] for name in weight.pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Forgets tensors that nothing reads any more, if this source owns them."""
+        if self.owned:
+            for name in names:
+                tensor = self.tensors.pop(name, None)
+                if tensor is not None:
+                    # The model object still holds the parameter: free what it holds.
+                    tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+@dataclass
+class Program:
+    """A model on its way from capture to a callable; transforms change it in place."""
+
+    graph_module: fx.GraphModule
+    weights: dict[str, Weight]
+    """By attribute name in the graph module."""
+    source: WeightSource
+    contract: Contract
+    facts: set[Fact]
+    fake_mode: FakeTensorMode
+    caches: list[CacheInput] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Notes a transform keeps between its own sites."""
+    function: Callable[..., Any] | None = None
+    """What `compile` made of the graph; None: the graph module itself runs."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def inputs(self) -> dict[str, fx.Node]:
+        """Graph inputs by name."""
+        return {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+
+    def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new graph input after the existing ones; `value` is its fake tensor."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def add_weight(self, name: str, weight: Weight, before: fx.Node) -> fx.Node:
+        """A new weight attribute and the node that reads it."""
+        self.weights[name] = weight
+        with self.fake_mode:
+            value = torch.empty(weight.shape, dtype=weight.dtype, device=self.contract.device)
+        self.graph_module.register_buffer(name, value)
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(name)
+        node.meta["val"] = value
+        return node
+
+    def call(
+        self, target: Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node, **kwargs: Any
+    ) -> fx.Node:
+        """Inserts a call with its shape worked out; `like` lends its origin in the model."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def remove_unused(self) -> None:
+        """Drops dead nodes, and the weights that only they read."""
+        self.graph.eliminate_dead_code(is_impure_node=has_effect)
+        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        for name in [name for name in self.weights if name not in used]:
+            del self.weights[name]
+            delattr(self.graph_module, name)
+        self.graph.lint()
+        self.graph_module.recompile()
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """The value of a weight attribute, materialised now if `load` has not run."""
+        held = getattr(self.graph_module, name)
+        return self.source.read(self.weights[name]) if isinstance(held, FakeTensor) else held
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Interprets the graph as it stands, reading weights as needed: for checks, not speed."""
+        if self.function is not None:
+            return self.function(*[inputs[name] for name in self.inputs()])
+        return _Interpreter(self).run(*[inputs[name] for name in self.inputs()])
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node must stay even if nothing reads it."""
+    op = op_of(node.target) if node.op == "call_function" else None
+    return node.op in ("placeholder", "output") or bool(op and op.mutates) or "mutates" in node.meta
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self._program = program
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        return self._program.read_weight(target)
+
+
+def origin(node: fx.Node) -> str:
+    """Where a node comes from in the model: module path and class, as a person reads it."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path, kind = list(stack.values())[-1]
+    return f"{path.removeprefix('model.')} ({getattr(kind, '__name__', str(kind).rsplit('.', 1)[-1])})"

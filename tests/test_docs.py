@@ -1,0 +1,28 @@
+"""Every Python block of docs/ and README.md runs, in order, from the repository's root."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_examples_of_a_page_run(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.read_text()
+    names = {"__name__": f"docs_{page.stem}"}
+    for match in BLOCK.finditer(text):
+        line = text[: match.start()].count("\n") + 2
+        # Line numbers of a failure are those of the page.
+        code = compile("\n" * (line - 1) + match.group(1), str(page), "exec")
+        exec(code, names)
+
+
+def test_every_link_between_pages_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
