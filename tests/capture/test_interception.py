@@ -66,3 +66,16 @@ def test_changes_are_undone_in_reverse_order():
     assert not hasattr(target, "note")
     assert target.training
     assert table == {"kept": 1}
+
+
+def test_state_a_model_keeps_on_itself_while_it_runs_is_not_left_behind():
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+
+    def remember(module, args, output):
+        module.last_seen = output
+
+    handle = layer.register_forward_hook(remember)
+    capture(model)
+    assert not hasattr(layer, "last_seen")
+    handle.remove()

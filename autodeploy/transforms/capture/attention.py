@@ -34,8 +34,29 @@ _IGNORED = frozenset(
 )  # fmt: skip
 
 
-class UnprovedMask:
-    """Stands for a mask that is none of the known kinds, until a layer tries to use it."""
+class MaskArgument:
+    """Travels through the model in place of a mask tensor, from its maker to the attention hook.
+
+    proved: what the mask was shown to be; None if it is no known kind.
+    """
+
+    def __init__(self, proved: Mask | None) -> None:
+        self.proved = proved
+
+    def _refuse(self, *_: Any) -> Any:
+        raise CaptureError(
+            "a layer uses its mask as a tensor: it has attention code of its own, which does not "
+            "go through transformers' attention interface"
+        )
+
+    __add__ = __radd__ = __getitem__ = __eq__ = __ne__ = __lt__ = __invert__ = _refuse
+    __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
 
 
 def intercept_attention(scope: Interception, model: nn.Module) -> None:
@@ -76,8 +97,8 @@ def configs_of(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _prove(mask_function: Any, **_: Any) -> Mask | UnprovedMask:
-    return classify(mask_function) or UnprovedMask()
+def _prove(mask_function: Any, **_: Any) -> MaskArgument:
+    return MaskArgument(classify(mask_function))
 
 
 def _attend(
@@ -129,15 +150,15 @@ def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:
 
 
 def _mask_of(where: str, module: nn.Module, mask: Any, sliding_window: int | None) -> Mask:
-    if isinstance(mask, Mask):
-        proved = mask
+    if isinstance(mask, MaskArgument) and mask.proved is not None:
+        proved = mask.proved
     elif mask is None:
         # No mask was made for this layer: transformers then takes plain causal attention.
         if getattr(module, "is_causal", None) is False:
             raise CaptureError(f"{where} has no mask and says it is not causal")
         proved = Mask(window=sliding_window or 0)
     else:
-        kind = "an unproved mask" if isinstance(mask, UnprovedMask) else "a mask tensor of its own"
+        kind = "an unproved mask" if isinstance(mask, MaskArgument) else "a mask tensor of its own"
         raise CaptureError(f"{where} uses {kind}: it is neither causal, sliding nor chunked")
     if not proved.causal:
         raise CaptureError(f"{where} is bidirectional: later tokens would change earlier ones")

@@ -127,6 +127,9 @@ def captured_state(model: nn.Module, options: CaptureOptions) -> Iterator[Interc
     """All hooks in place and the model in eval mode; everything undone on exit."""
     training = [m for m in model.modules() if m.training]
     with interception() as scope, torch.no_grad():
+        # Some models keep state on themselves while they run: under export, fake tensors.
+        for module in model.modules():
+            scope.keep_attributes(module)
         intercept_attention(scope, model)
         intercept_sequence_functions(scope, model)
         if options.experts:
@@ -159,15 +162,17 @@ def _export(packed: Packed) -> ExportedProgram:
     )
     try:
         return export(packed, sample, dynamic_shapes=shapes, strict=False)
-    except CaptureError:
-        raise
+    except CaptureError as error:
+        raise CaptureError(f"{error}{_place(error)}") from error
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises is the cause
-        raise CaptureError(f"export failed: {_first_line(error)}{_place(error)}") from error
+        raise CaptureError(f"export failed: {_first_lines(error)}{_place(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def _first_lines(error: BaseException) -> str:
+    """The start of a message; torch puts the violated constraint a few lines down."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if "For more information" not in line][:2]
+    return f"{type(error).__name__}: {' '.join(lines)[:400] or 'no message'}"
 
 
 def _place(error: BaseException) -> str:

@@ -42,6 +42,18 @@ class Interception:
 
         self._undo.callback(restore)
 
+    def keep_attributes(self, module: nn.Module) -> None:
+        """On exit every attribute and buffer of `module` itself is what it is now."""
+        attributes, buffers = dict(vars(module)), dict(module._buffers)
+
+        def restore() -> None:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+        self._undo.callback(restore)
+
     def set_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Sets `mapping[key]`; on exit it is what it was, or absent."""
         before = mapping.get(key, _ABSENT)
