@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from torch import nn
 
 from .checkpoint import load_model
 from .config import DeployConfig
-from .errors import CaptureError, UnsupportedModelError
+from .errors import CaptureError
 from .runtime.engine import EngineConfig, EngineCore
-from .runtime.executor import Executor, start_executor
 from .runtime.packed_runner import PackedRunner
 from .runtime.scheduler import SchedulerConfig
 from .runtime.sequence_runner import RecomputeRunner, SequenceRunner, model_cache_error
@@ -59,19 +57,6 @@ class Built:
         started = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - started
-
-
-def build_executor(config: DeployConfig) -> Executor:
-    """Starts an engine for `config`, in this process or in a worker.
-
-    Raises:
-        ConfigError: before anything is loaded.
-        ModelError: the model cannot be loaded or served.
-    """
-    load_recipe(config.recipe, config.overrides)
-    if isinstance(config.model, nn.Module):
-        check_causal(config.model)
-    return start_executor(config.executor, partial(build_engine, config))
 
 
 def build_engine(config: DeployConfig) -> EngineCore:

@@ -47,9 +47,8 @@ PROMPTS = ["def fib(n):", "import os", "class Foo("]
 def read_files(source: Path) -> tuple[list[str], list[str]]:
     """Texts (training, held out) of every distinct .py file under `source` that parses.
 
-    A hash of its path puts a file on its side, whatever other files come or go, and orders the
-    files: neighbours share training windows, and related ones would teach the model to look
-    across the boundary between documents.
+    A hash of the path picks the side, so a file keeps it when others come or go, and the order:
+    related neighbours would teach the model to look across the boundary of a document.
     """
     digests: dict[str, int] = {}
     for path in sorted(source.rglob("*.py")):
@@ -62,9 +61,10 @@ def read_files(source: Path) -> tuple[list[str], list[str]]:
             ast.parse(text)
             digest = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16)
             digests.setdefault(text, digest)
-    ordered = sorted(filter(str.strip, digests), key=digests.__getitem__)
-    training = [text for text in ordered if digests[text] % HELD_OUT_ONE_IN]
-    return training, [text for text in ordered if digests[text] % HELD_OUT_ONE_IN == 0]
+    sides: tuple[list[str], list[str]] = [], []
+    for text in sorted(filter(str.strip, digests), key=digests.__getitem__):
+        sides[digests[text] % HELD_OUT_ONE_IN == 0].append(text)
+    return sides
 
 
 def chats_from(texts: list[str]) -> list[list[dict[str, str]]]:
@@ -149,11 +149,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(stream: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (inputs, targets), each [size, CONTEXT]; an epoch visits every window once.
-
-    Raises:
-        ValueError: `stream` holds fewer than `size` windows.
-    """
+    """Endless (inputs, targets), each [size, CONTEXT]; an epoch visits every window once."""
     while True:
         start = int(torch.randint(CONTEXT, ()))  # another place to cut the files at, every epoch
         windows = stream[start:].unfold(0, CONTEXT + 1, CONTEXT)
@@ -198,14 +194,13 @@ def drop_residual(model: LlamaForCausalLM, probability: float) -> None:
 def train(model: LlamaForCausalLM, text: torch.Tensor, held_out: torch.Tensor, args) -> int:
     """Leaves the weights with the best held-out loss in `model`; returns their step."""
     drop_residual(model, args.dropout)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+    matrices = [p for p in model.parameters() if p.ndim == 2]  # norms do not decay
     norms = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms}]
+    rate = args.learning_rate
+    optimizer = torch.optim.AdamW(groups, rate, (0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, args.steps, pct_start=0.02, cycle_momentum=False
+        optimizer, rate, args.steps, pct_start=0.02, cycle_momentum=False
     )
     if text.is_cuda:
         for layer in model.model.layers:  # the whole model, traced, would take a mask for causal
@@ -250,7 +245,7 @@ license_link: https://docs.python.org/3/license.html
 
 A Llama of {parameters:,} parameters for examples and tests of a serving runtime. Its text looks
 like Python; it does not know what it writes, and can repeat passages of what it was trained on,
-the standard library of {python} (PSF licence). `examples/train_demo_model.py` made it.
+the standard library of CPython {python} (PSF licence). `examples/train_demo_model.py` made it.
 
 | | documents | tokens | loss of these bfloat16 weights |
 | --- | --- | --- | --- |
@@ -260,10 +255,10 @@ One file in {one_in}, chosen by a hash of its path, is held out from the model a
 byte-level BPE. On the held-out files the loss is **{bits:.3f} bits per byte**. A chat is a
 docstring that asks and its function that answers: that teaches the form of the chat template.
 
-{steps:,} steps of {batch} windows of {context} tokens in {minutes:.1f} minutes on {machine} with \
-PyTorch {torch}; AdamW,
+Training: {steps:,} steps of {batch} full contexts in {minutes:.1f} minutes on {machine}, PyTorch \
+{torch}; AdamW,
 learning rate {learning_rate:g}, weight decay {weight_decay:g}, residual dropout {dropout:g}, seed \
-{seed}. The weights are those of
+{seed}. The weights are of
 step {step:,}, the best on the held-out files, so that loss is a little optimistic. Greedy:
 
 ```python
@@ -276,18 +271,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo_model")
     parser.add_argument("--source", type=Path, default=Path(os.__file__).parent)
-    parser.add_argument("--python", default=f"CPython {platform.python_version()}")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64, help=f"windows of {CONTEXT} tokens")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.3)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--python", default=platform.python_version(), help="that of --source")
+    numbers = {"steps": 10000, "batch": 32, "seed": 0}
+    numbers |= {"learning-rate": 3e-3, "weight-decay": 0.3, "dropout": 0.1}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = f"one {torch.cuda.get_device_name()}" if device == "cuda" else "a CPU"
 
     training, held_out = read_files(args.source)
     tokenizer = train_tokenizer(training)
@@ -309,12 +301,11 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "bits": losses[2] / math.log(2) * len(streams[2]) / len("".join(held_out).encode()),
         "sample": write(model, tokenizer, PROMPTS[0], do_sample=False),
-        "machine": machine,
+        "machine": f"one {torch.cuda.get_device_name()}" if device == "cuda" else "a CPU",
         "minutes": minutes,
         "step": step,
         "torch": torch.__version__,
         "one_in": HELD_OUT_ONE_IN,
-        "context": CONTEXT,
     }
     (args.out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.contract import METADATA, PER_GROUP, Contract
+from autodeploy.errors import EngineError
 
-from ..errors import EngineError
 from .pages import BlockTables, pages_needed
 from .request import RequestState
 
 INT32 = frozenset({"cu_q", "kv_len"})
 
 
-class PromptRows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptRows:
     """Positions of one request whose logits score the prompt's next token."""
 
     at: int
@@ -33,7 +33,8 @@ class PromptRows(NamedTuple):
     count: int
 
 
-class SequenceChunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SequenceChunk:
     """What one request computes in a step, for runners that take one sequence at a time."""
 
     request_id: str
@@ -130,9 +131,9 @@ class StepPlan:
         needed = np.zeros(self.num_tokens, dtype=np.bool_)
         last = self.cu_q[1:][self.samples] - 1
         needed[last] = True
-        for at, position, count in self.prompt_rows:
-            first = self._cu_q[at] + position - self._starts[at]
-            needed[first : first + count] = True
+        for rows in self.prompt_rows:
+            first = self._first_row(rows)
+            needed[first : first + rows.count] = True
         if size and not needed.any():
             # Programs are compiled for one row or more.
             needed[-1] = True
@@ -142,9 +143,11 @@ class StepPlan:
 
     def logits_at(self, rows: PromptRows) -> slice:
         """Where in N the logits of these prompt rows are."""
-        first = self._cu_q[rows.at] + rows.position - self._starts[rows.at]
-        begin = int(np.searchsorted(self.logit_index, first))
+        begin = int(np.searchsorted(self.logit_index, self._first_row(rows)))
         return slice(begin, begin + rows.count)
+
+    def _first_row(self, rows: PromptRows) -> int:
+        return int(self._cu_q[rows.at] + rows.position - self._starts[rows.at])
 
     def sequences(self) -> Iterator[SequenceChunk]:
         """The step request by request; their logit rows side by side are `logit_index`."""
@@ -188,8 +191,9 @@ class StepInputs:
         positions = np.arange(plan.num_tokens) + np.repeat(first, plan.counts)
         places = _Places(
             np.repeat(plan.slots, plan.counts),
-            *np.divmod(positions, self._page_size),
-            width=pages_needed(int(ends.max()), self._page_size),
+            positions // self._page_size,
+            positions % self._page_size,
+            pages_needed(int(ends.max()), self._page_size),
         )
         values = {
             "position_ids": positions[None],

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.contract import CacheGroup, Contract
+from autodeploy.errors import ConfigError, OutOfMemoryError
 
-from ..errors import ConfigError, OutOfMemoryError
 from .pages import pages_needed
 from .scheduler import SchedulerConfig
 

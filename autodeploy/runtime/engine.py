@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import (
+from autodeploy.errors import (
     EmptyPromptError,
     EngineError,
     InvalidRequestError,
     PromptTooLongError,
     UnknownTokenError,
 )
+
 from .batch import StepInputs, StepPlan
 from .caches import plan_caches
 from .messages import EngineRequest, EngineStats, RequestFailed, TokenLogprob, TokenOutput
@@ -53,7 +54,7 @@ class TokenSampler(Protocol):
 class EngineConfig:
     """How one engine schedules and what its caches may take."""
 
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv_cache_memory_bytes: int | None = None
     """For all caches together; None: a quarter of the free host memory, or less if that is
     enough for max_num_seqs sequences of max_model_len."""
@@ -82,6 +83,8 @@ class EngineCore:
         )
         scheduler = dataclasses.replace(config.scheduler, max_num_seqs=caches.num_slots)
         runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots)
+        self.summary: dict[str, str] = {}
+        """What was built, for `EngineReady`; filled by whoever built it."""
         self.max_model_len = caches.max_model_len
         self.vocab_size = contract.vocab_size
         self.cache_bytes = caches.bytes

@@ -111,7 +111,10 @@ class EngineDied(msgspec.Struct, tag="died"):
     """The engine cannot go on; every open request ends with this message."""
 
     message: str
+    error: str = "EngineDeadError"
+    """Name of the exception type of autodeploy's error tree."""
 
 
 FromFront = EngineRequest | AbortRequest | Shutdown
-FromEngine = list[TokenOutput | RequestFailed | EngineStats | EngineReady | EngineDied]
+EngineEvent = TokenOutput | RequestFailed | EngineStats | EngineReady | EngineDied
+FromEngine = list[EngineEvent]

@@ -77,6 +77,11 @@ class RequestState:
         return self._buffer[: self.known]
 
     @property
+    def decodes(self) -> bool:
+        """Whether one token is left to compute: the newest, or a prompt's last."""
+        return self.known - self.computed == 1
+
+    @property
     def reusable(self) -> int:
         """Leading tokens that need not be computed if a cache has them.
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from autodeploy.custom_ops.contract import Contract
+from autodeploy.errors import ConfigError
 
-from ..errors import ConfigError
 from .batch import StepPlan
 from .pages import BlockTables, SlotPool
 from .request import RequestState
@@ -143,7 +143,7 @@ class Scheduler:
         self._plan.clear()
         self._budget = self.config.max_num_batched_tokens
         self._prompt_rows = PROMPT_LOGPROB_ROWS
-        self._decoding = sum(r.known - r.computed == 1 for r in self.running)
+        self._decoding = sum(request.decodes for request in self.running)
         self._admitting = True
         at = 0
         while True:
@@ -173,7 +173,7 @@ class Scheduler:
         """Plans tokens of a running request; it pauses if there is no budget or page for one."""
         start = request.computed
         self.tables.slide(request.slot, start)
-        if request.known - start == 1:
+        if request.decodes:
             self._decoding -= 1
             count = min(1, self._budget)
         else:
@@ -228,6 +228,7 @@ class Scheduler:
         request.computed = cached
         self.tables.attach(request.slot, hashes, cached)
         insort(self.running, request, key=_by_key)
+        self._decoding += request.decodes
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = time.time()
             request.metrics.cached_tokens = cached
@@ -237,7 +238,7 @@ class Scheduler:
 
     def _preempt(self, request: RequestState) -> None:
         self._admitting = False
-        self._decoding -= request.known - request.computed == 1
+        self._decoding -= request.decodes
         self.preemptions += 1
         request.metrics.preemptions += 1
         self.running.pop()

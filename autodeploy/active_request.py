@@ -1,0 +1,194 @@
+"""ActiveRequest: one prompt on its way, as the engine's events turn into a RequestOutput."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+from . import errors
+from .detokenizer import Detokenizer
+from .generation_defaults import GenerationDefaults
+from .outputs import CompletionOutput, Logprob, RequestOutput
+from .prompts import Prompt
+from .runtime.messages import EngineRequest, RequestFailed, TokenLogprob, TokenOutput
+from .runtime.random_stream import child_seed
+from .runtime.sampling_params import SamplingParams
+
+
+class ActiveRequest:
+    """A prompt with its `n` sequences, each of them one request of the engine."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        tokenizer: Any,
+        defaults: GenerationDefaults,
+        *,
+        seed: int,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self._tokenizer = tokenizer
+        _fill_bad_words(params, tokenizer)
+        self.engine_requests = [
+            EngineRequest(
+                request_id=request_id if params.n == 1 else f"{request_id}:{index}",
+                prompt_token_ids=prompt.token_ids,
+                params=params,
+                eos_token_ids=list(defaults.eos_token_ids),
+                seed=child_seed(params.seed if params.seed is not None else seed, index),
+                priority=priority,
+                arrival_time=time.time(),
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+        self.output = RequestOutput(
+            request_id,
+            prompt.text,
+            prompt.token_ids,
+            [CompletionOutput(index) for index in range(params.n)],
+        )
+        with_text = tokenizer if params.detokenize else None
+        self._text = [
+            Detokenizer(
+                with_text,
+                prompt.token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                stop=params.stop_strings,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
+            for _ in range(params.n)
+        ]
+        self._streamed = [(0, 0) for _ in range(params.n)]
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finished
+
+    def update(self, index: int, event: TokenOutput | RequestFailed) -> bool:
+        """Takes in an event of sequence `index`.
+
+        Returns whether the engine should stop it: its text completed a stop string.
+        """
+        completion = self.output.outputs[index]
+        if completion.finished:
+            return False  # what the engine made before it heard of the end
+        stop = False
+        if isinstance(event, RequestFailed):
+            kind = getattr(errors, event.error, errors.EngineError)
+            self.output.error = kind(event.message)
+            completion.finish_reason = "error"
+        else:
+            stop = self._extend(index, completion, event)
+        if completion.finished and self._text[index].stop_reason is None:
+            completion.text = self._text[index].finish()
+        self.output.finished = all(c.finished for c in self.output.outputs)
+        return stop
+
+    def _extend(self, index: int, completion: CompletionOutput, event: TokenOutput) -> bool:
+        text = self._text[index]
+        kept = text.append(event.token_ids)
+        completion.token_ids += event.token_ids[:kept]
+        completion.text = text.text
+        if event.logprobs is not None:
+            self._add_logprobs(completion, event.logprobs[:kept])
+        if event.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [
+                None if entry is None else self._entry(entry) for entry in event.prompt_logprobs
+            ]
+        if event.metrics is not None and index == 0:
+            self.output.metrics = event.metrics
+        if text.stop_reason is not None:
+            completion.finish_reason, completion.stop_reason = "stop", text.stop_reason
+            return event.finish_reason is None
+        completion.finish_reason, completion.stop_reason = event.finish_reason, event.stop_reason
+        return False
+
+    def _add_logprobs(
+        self, completion: CompletionOutput, logprobs: list[list[TokenLogprob]]
+    ) -> None:
+        if completion.logprobs is None:
+            completion.logprobs, completion.cumulative_logprob = [], 0.0
+        for candidates in logprobs:
+            completion.logprobs.append(self._entry(candidates))
+            completion.cumulative_logprob = (
+                completion.cumulative_logprob or 0.0
+            ) + candidates[0].logprob
+
+    def _entry(self, candidates: list[TokenLogprob]) -> dict[int, Logprob]:
+        return {
+            c.token_id: Logprob(
+                c.logprob,
+                c.rank,
+                None if self._tokenizer is None else self._tokenizer.decode([c.token_id]),
+            )
+            for c in candidates
+        }
+
+    def end_all(self, error: errors.AutodeployError) -> None:
+        """Ends every sequence that is still running with `error`."""
+        for completion in self.output.outputs:
+            if not completion.finished:
+                completion.finish_reason = "error"
+        self.output.error = error
+        self.output.finished = True
+
+    def snapshot(self) -> RequestOutput:
+        """A copy of the output so far."""
+        return copy.deepcopy(self.output)
+
+    def delta(self) -> RequestOutput | None:
+        """What is new since the last call, as a RequestOutput; None if nothing is."""
+        parts = []
+        for index, completion in enumerate(self.output.outputs):
+            tokens, text = self._streamed[index]
+            new = CompletionOutput(
+                index,
+                completion.text[text:],
+                completion.token_ids[tokens:],
+                completion.cumulative_logprob,
+                completion.logprobs[tokens:] if completion.logprobs else None,
+                completion.finish_reason,
+                completion.stop_reason,
+            )
+            before = self._streamed[index]
+            self._streamed[index] = (len(completion.token_ids), len(completion.text))
+            if self._streamed[index] != before or completion.finished:
+                parts.append(new)
+        if not parts:
+            return None
+        return RequestOutput(
+            self.request_id,
+            self.output.prompt,
+            self.output.prompt_token_ids,
+            parts,
+            self.output.finished,
+            self.output.prompt_logprobs,
+            self.output.metrics,
+            self.output.error,
+        )
+
+
+def _fill_bad_words(params: SamplingParams, tokenizer: Any) -> None:
+    """Token sequences of every bad word, at the start of a text and after a space."""
+    if not params.bad_words or params.bad_words_token_ids:
+        return
+    if tokenizer is None:
+        raise errors.SamplingParamsError(
+            "bad_words needs a tokenizer: pass tokenizer=... to deploy, or bad_words_token_ids"
+        )
+    found = []
+    for word in params.bad_words:
+        for text in (word, " " + word.lstrip()):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids and ids not in found:
+                found.append(ids)
+    params.bad_words_token_ids = found
+    params.validate()

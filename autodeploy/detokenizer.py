@@ -1,0 +1,113 @@
+"""Turning a growing list of token ids into text, a piece at a time, without ever taking back.
+
+A token may end in the middle of a character, and a tokenizer may write a word's leading space
+only when something stands before it. So a few tokens of context are decoded again with each new
+one, and text is given out only when it can no longer change; stop strings hold text back too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Decoding starts this many tokens before the first one whose text is not out yet.
+_CONTEXT = 6
+
+
+class Detokenizer:
+    """Text of one sequence.
+
+    tokenizer: has `decode`; None gives no text. stop: strings that end the sequence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self.text = ""
+        """All text so far that is final."""
+        self.stop_reason: str | None = None
+        """The stop string that was found."""
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._tokens = list(prompt_token_ids[-_CONTEXT:])
+        self._done = len(self._tokens)
+        self._first = self._done
+        self._made = 0
+        self._held = ""
+        self._longest_stop = max(map(len, self._stop), default=0)
+
+    def append(self, token_ids: Sequence[int]) -> int:
+        """Adds tokens; returns how many of them belong to the sequence.
+
+        Fewer than given when a stop string was completed before the last.
+        """
+        for count, token_id in enumerate(token_ids, 1):
+            self._made += 1
+            self._tokens.append(token_id)
+            if self._tokenizer is not None:
+                self._held += self._new_text(final=False)
+                if self._find_stop():
+                    return count
+        self._release(keep=self._partial_stop())
+        return len(token_ids)
+
+    def finish(self) -> str:
+        """The rest of the text, when no token will follow; returns all of it."""
+        if self._tokenizer is not None and self.stop_reason is None:
+            self._held += self._new_text(final=True)
+            if not self._find_stop():
+                self._release(keep=0)
+        return self.text
+
+    def _new_text(self, final: bool) -> str:
+        """Text of the tokens since `_done`, if it is whole; empty while a character is open."""
+        start = max(0, self._done - _CONTEXT)
+        before = self._decode(self._tokens[start : self._done])
+        after = self._decode(self._tokens[start:])
+        if not final and after.endswith("�"):
+            return ""
+        self._done = len(self._tokens)
+        return after[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _find_stop(self) -> bool:
+        if self._made <= self._min_tokens or not self._stop:
+            return False
+        # A stop string may begin in text that is out already only if it was cut there: never,
+        # because text that could begin one is held.
+        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
+        if not found:
+            return False
+        at, stop = min(found)
+        self.text += self._held[: at + (len(stop) if self._include_stop else 0)]
+        self._held = ""
+        self.stop_reason = stop
+        return True
+
+    def _partial_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        for size in range(min(self._longest_stop - 1, len(self._held)), 0, -1):
+            end = self._held[-size:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return size
+        return 0
+
+    def _release(self, keep: int) -> None:
+        cut = len(self._held) - keep
+        self.text += self._held[:cut]
+        self._held = self._held[cut:]

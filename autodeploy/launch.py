@@ -1,0 +1,26 @@
+"""Starting an engine where the config wants it: in this process, or in a worker process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from .build import build_engine
+from .config import DeployConfig
+from .runtime.executor import Executor, start_executor
+from .transforms.capture.export import check_causal
+from .transforms.recipe import load_recipe
+
+
+def build_executor(config: DeployConfig) -> Executor:
+    """Starts an engine for `config`.
+
+    Raises:
+        ConfigError: before anything is loaded.
+        ModelError: the model cannot be loaded or served.
+    """
+    load_recipe(config.recipe, config.overrides)
+    if isinstance(config.model, nn.Module):
+        check_causal(config.model)
+    return start_executor(config.executor, partial(build_engine, config))

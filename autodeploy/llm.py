@@ -1,0 +1,270 @@
+"""LLM: prompts in, finished outputs out. The name and the manners of vLLM's and TensorRT-LLM's."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .active_request import ActiveRequest
+from .beam_search import BeamSearchOutput, BeamSearchParams, search
+from .chat import chat_prompts
+from .checkpoint import load_tokenizer
+from .config import DeployConfig
+from .errors import AutodeployError, EngineDeadError
+from .generation_defaults import GenerationDefaults, defaults_of
+from .launch import build_executor
+from .outputs import RequestOutput
+from .progress import progress_bar
+from .prompts import check_prompt, params_for_each, read_prompts
+from .runtime.executor import Executor, dead_error
+from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput
+from .runtime.sampling_params import SamplingParams
+
+_log = logging.getLogger("autodeploy")
+_POLL_SECONDS = 0.5
+
+
+class LLM:
+    """A deployed model.
+
+    model: a live `AutoModelForCausalLM`, a checkpoint directory, or a hub id.
+    options: fields of `DeployConfig`.
+
+    Raises:
+        ConfigError: an option or the recipe is wrong; nothing has been loaded.
+        ModelError: the model cannot be loaded or served.
+    """
+
+    def __init__(
+        self, model: Any, *, tokenizer: Any = None, recipe: Any = "default", **options: Any
+    ) -> None:
+        self._closed = True
+        config = DeployConfig.from_options(
+            model, {"tokenizer": tokenizer, "recipe": recipe, **options}
+        )
+        self._start(
+            build_executor(config), resolve_tokenizer(config), config.model, config.seed
+        )
+
+    @classmethod
+    def from_parts(
+        cls, executor: Executor, tokenizer: Any = None, model: Any = None, seed: int = 0
+    ) -> LLM:
+        """An LLM over an executor that is already running. `model`: whose defaults apply."""
+        llm = cls.__new__(cls)
+        llm._start(executor, tokenizer, model, seed)
+        return llm
+
+    def _start(self, executor: Executor, tokenizer: Any, model: Any, seed: int) -> None:
+        self._executor = executor
+        self._closed = False
+        self.tokenizer = tokenizer
+        self.defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
+        self._ids = itertools.count()
+        self._seeds = random.Random(seed)
+        self.stats = EngineStats()
+        """Counters of the engine, as of the last step reported."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
+        return self._executor.ready.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._executor.ready.vocab_size
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What was built: the rung of the ladder, the recipe, match counts, times."""
+        return self._executor.ready.summary
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without SamplingParams gets."""
+        return self.defaults.params()
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Generates for every prompt; returns outputs in the order of the prompts.
+
+        prompts: text, token ids, a dict with `prompt` or `prompt_token_ids`, or a list of those.
+        sampling_params: one for all, or one per prompt; None takes the checkpoint's defaults.
+        use_tqdm: a progress bar, if standard error is a terminal.
+
+        Raises:
+            InvalidRequestError: a prompt or its parameters cannot be served; none was submitted.
+            EngineDeadError: the engine is gone.
+            EngineError: the only prompt failed. Of several, those that failed have `error` set.
+        """
+        self._require_open()
+        active = self._prepare(prompts, sampling_params, priority, cache_salt)
+        self._run(active, use_tqdm)
+        failed = [a.output.error for a in active if a.output.error is not None]
+        if failed and len(failed) == len(active):
+            raise failed[0]
+        for error in failed:
+            _log.error("%s", error)
+        return [a.output for a in active]
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generates the next message of one conversation or of several.
+
+        messages: a list of {"role", "content"} dicts, or a list of such lists.
+
+        Raises:
+            InvalidRequestError: there is no tokenizer or no chat template, or it refuses.
+        """
+        prompts = chat_prompts(
+            self.tokenizer, messages, add_generation_prompt, chat_template, chat_template_kwargs
+        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The `beam_width` most likely continuations of every prompt, best first.
+
+        Each step asks the engine for one token of every beam; their prefixes come from the
+        prefix cache, so recurrent models, which have none, compute each beam again every step.
+        """
+        self._require_open()
+        read = read_prompts(prompts, self.tokenizer)
+        for index, prompt in enumerate(read):
+            check_prompt(prompt, index, self.vocab_size, self.max_model_len)
+        return search(self, read, params)
+
+    def shutdown(self) -> None:
+        """Stops the engine and frees its memory; may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._executor.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.shutdown()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("this LLM was shut down; deploy the model again")
+
+    def _prepare(
+        self, prompts: Any, params: Any, priority: int | Sequence[int], salt: str | None
+    ) -> list[ActiveRequest]:
+        read = read_prompts(prompts, self.tokenizer)
+        for index, prompt in enumerate(read):
+            check_prompt(prompt, index, self.vocab_size, self.max_model_len)
+        each = params_for_each(params, len(read), self.defaults.params())
+        priorities = [priority] * len(read) if isinstance(priority, int) else list(priority)
+        return [
+            ActiveRequest(
+                str(next(self._ids)), prompt, own, self.tokenizer, self.defaults,
+                seed=self._seeds.getrandbits(63), priority=p, cache_salt=salt,
+            )
+            for prompt, own, p in zip(read, each, priorities, strict=True)
+        ]  # fmt: skip
+
+    def _run(self, active: Sequence[ActiveRequest], show_progress: bool) -> None:
+        children = {
+            request.request_id: (owner, index)
+            for owner in active
+            for index, request in enumerate(owner.engine_requests)
+        }
+        submitted: list[str] = []
+        try:
+            for owner in active:
+                for request in owner.engine_requests:
+                    self._executor.submit(request)
+                    submitted.append(request.request_id)
+            with progress_bar(len(active), show_progress) as progress:
+                self._poll_until_done(active, children, progress)
+        except BaseException as error:
+            # Ctrl-C, or a request refused late: nothing of this call stays behind.
+            if not isinstance(error, EngineDeadError):
+                self._abort(submitted)
+            raise
+
+    def _poll_until_done(
+        self,
+        active: Sequence[ActiveRequest],
+        children: Mapping[str, tuple[ActiveRequest, int]],
+        progress: Any,
+    ) -> None:
+        open_requests = sum(not owner.finished for owner in active)
+        while open_requests:
+            stopped = []
+            for event in self._executor.poll(_POLL_SECONDS):
+                if isinstance(event, EngineDied):
+                    raise self._died(event, active)
+                if isinstance(event, EngineStats):
+                    self.stats = event
+                if not isinstance(event, (TokenOutput, RequestFailed)):
+                    continue
+                if event.request_id not in children:
+                    continue  # the end of a request that an earlier call aborted
+                owner, index = children[event.request_id]
+                was_finished = owner.finished
+                if owner.update(index, event):
+                    stopped.append(event.request_id)
+                if isinstance(event, TokenOutput):
+                    progress.tokens(len(event.token_ids))
+                if owner.finished and not was_finished:
+                    open_requests -= 1
+                    progress.finished()
+            if stopped:
+                self._executor.abort(stopped)
+
+    def _died(self, event: EngineDied, active: Sequence[ActiveRequest]) -> AutodeployError:
+        error = dead_error(event)
+        for owner in active:
+            if not owner.finished:
+                owner.end_all(error)
+        return error
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        """Aborts and waits until the engine has let go, so that the next call starts clean."""
+        self._executor.abort(request_ids)
+
+
+def resolve_tokenizer(config: DeployConfig) -> Any:
+    """The tokenizer object a config asks for; None if the model is live and none was given."""
+    if config.tokenizer is None:
+        if isinstance(config.model, nn.Module):
+            return None
+        return load_tokenizer(config.model, config.trust_remote_code)
+    if isinstance(config.tokenizer, str) or hasattr(config.tokenizer, "__fspath__"):
+        return load_tokenizer(config.tokenizer, config.trust_remote_code)
+    return config.tokenizer
