@@ -125,7 +125,7 @@ def build_runner(
         )
     with built.timed("compile"):
         function = compiled(program)
-    built.runner = PackedRunner(function, function.contract)
+    built.runner = PackedRunner(function, function.contract, program.weight_bytes())
     _log.info("deployed packed and cached in %.1f s\n%s", sum(built.seconds.values()), built.report.table())
     return built
 

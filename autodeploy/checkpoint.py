@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import CheckpointError, UnsupportedModelError
 
+_log = logging.getLogger("autodeploy")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
@@ -54,12 +56,18 @@ def load_model(
     return model.to(_device(device))
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint.
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, *, required: bool = True
+) -> Any:
+    """The tokenizer of a checkpoint; None if its directory has no tokenizer and none is required.
 
     Raises:
-        CheckpointError: it has none, or it cannot be read.
+        CheckpointError: it cannot be read, or it is required and there is none.
     """
+    folder = Path(path)
+    if not required and folder.is_dir() and not any(folder.glob("*token*")):
+        _log.warning("checkpoint '%s' has no tokenizer: prompts must be token ids", path)
+        return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

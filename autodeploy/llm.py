@@ -264,7 +264,7 @@ def resolve_tokenizer(config: DeployConfig) -> Any:
     if config.tokenizer is None:
         if isinstance(config.model, nn.Module):
             return None
-        return load_tokenizer(config.model, config.trust_remote_code)
+        return load_tokenizer(config.model, config.trust_remote_code, required=False)
     if isinstance(config.tokenizer, str) or hasattr(config.tokenizer, "__fspath__"):
         return load_tokenizer(config.tokenizer, config.trust_remote_code)
     return config.tokenizer

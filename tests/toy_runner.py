@@ -4,6 +4,8 @@ The next token depends on every token of the sequence, read back through block t
 slots: a page, slot, length or position that is wrong anywhere changes what comes out.
 """
 
+from itertools import pairwise
+
 import torch
 
 from autodeploy.custom_ops.contract import METADATA, CacheGroup, CacheInput, CacheSpec, Contract
@@ -91,7 +93,7 @@ class ToyRunner:
         self.steps.append({name: value.clone() for name, value in inputs.items()})
         rows = [None] * inputs["input_ids"].shape[1]
         bounds = inputs["cu_q"].tolist()
-        for at, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for at, (begin, end) in enumerate(pairwise(bounds)):
             for row, logits in zip(range(begin, end), self._sequence(inputs, at), strict=True):
                 rows[row] = logits
         return torch.stack([rows[row] for row in inputs["logit_index"].tolist()])

@@ -18,18 +18,27 @@ class PackedRunner:
     """Holds the cache tensors of a compiled program and calls it.
 
     function: step inputs and caches by name -> logits [N, vocab].
+    weight_bytes: of all weights the function reads.
     """
 
     needs_requests = False
 
-    def __init__(self, function: StepFunction, contract: Contract) -> None:
+    def __init__(
+        self, function: StepFunction, contract: Contract, weight_bytes: int = 0
+    ) -> None:
         self.contract = contract
+        self.weight_bytes = weight_bytes
         self._function = function
         self._caches: dict[str, torch.Tensor] = {}
 
     def allocate(self, num_pages: Mapping[str, int], page_size: int, num_slots: int) -> None:
         """Makes every cache: [pages, page_size, ...] per token, [slots, ...] per sequence."""
         self._caches = allocate_caches(self.contract, num_pages, page_size, num_slots)
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """Every cache tensor."""
+        return list(self._caches.values())
 
     @torch.inference_mode()
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -192,12 +192,10 @@ class Scheduler:
         self._plan.add(request, start, end - start)
 
     def _prefill_tokens(self, request: RequestState, start: int) -> int:
-        # The first in the order always advances: decoding ones behind it may lack pages.
-        budget = (
-            self._budget - self._decoding
-            if len(self._plan)
-            else max(1, self._budget - self._decoding)
-        )
+        budget = self._budget - self._decoding
+        if not len(self._plan):
+            # The first in the order always advances: decoding ones behind it may lack pages.
+            budget = max(1, budget)
         count = min(request.known - start, budget, self._chunk)
         missing = request.missing_prompt_logprobs
         if missing:

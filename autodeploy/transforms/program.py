@@ -145,6 +145,14 @@ class Program:
         held = getattr(self.graph_module, name)
         return self.source.read(self.weights[name]) if isinstance(held, FakeTensor) else held
 
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, a storage that several share counted once."""
+        storages = {}
+        for name in self.weights:
+            storage = getattr(self.graph_module, name).untyped_storage()
+            storages[storage.data_ptr() or id(storage)] = storage.nbytes()
+        return sum(storages.values())
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Interprets the graph as it stands, reading weights as needed: for checks, not speed."""
         if self.function is not None:
