@@ -1,80 +1,28 @@
 """From a config to a running engine, in one direction: model -> graph -> plan -> step -> token.
 
-A model that cannot be captured exactly still runs, lower on the ladder, and says why:
-(1) packed and cached, (2) one sequence at a time with the model's own cache, (3) recomputed
-from the first token at every step.
+A checkpoint that was deployed before starts from the program kept then, without transformers'
+model classes, torch.export, or anything else that only making a program needs.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .checkpoint import load_model
 from .config import DeployConfig
-from .errors import CaptureError
 from .runtime.engine import EngineConfig, EngineCore
-from .runtime.packed_runner import PackedRunner
 from .runtime.scheduler import SchedulerConfig
-from .runtime.sequence_runner import RecomputeRunner, SequenceRunner, model_cache_error
-from .transforms import library as _library  # noqa: F401 - registers the transforms
-from .transforms.capture.export import capture, check_causal, max_positions
-from .transforms.compiled import compiled
-from .transforms.pipeline import PipelineReport, run_recipe
 from .transforms.recipe import Recipe, load_recipe
-from .transforms.verify import SequenceCheck, reference_logits, tolerance
-
-_log = logging.getLogger("autodeploy")
-
-RUNGS = {
-    1: "packed and cached",
-    2: "one sequence at a time, with the model's own cache",
-    3: "recomputed from the first token at every step",
-}
-
-
-@dataclass
-class Built:
-    """A model made ready to run, and what was done to it."""
-
-    runner: Any
-    rung: int
-    cause: str = ""
-    """Why it is below rung 1."""
-    report: PipelineReport | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by phase."""
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - started
+from .warm_start import KeptProgram
 
 
 def build_engine(config: DeployConfig) -> EngineCore:
     """Loads, compiles and allocates: everything but the front."""
     recipe = load_recipe(config.recipe, config.overrides)
-    live = isinstance(config.model, nn.Module)
-    model = (
-        config.model
-        if live
-        else load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    )
-    built = build_runner(
-        model,
-        recipe,
-        owned=not live,
-        verify=config.verify,
-        dump_graphs=Path(config.dump_graphs) if config.dump_graphs else None,
-    )
+    runner, summary = _build_runner(config, recipe)
     scheduler = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -84,78 +32,41 @@ def build_engine(config: DeployConfig) -> EngineCore:
         max_model_len=config.max_model_len,
     )
     engine = EngineCore(
-        built.runner,
+        runner,
         EngineConfig(
             scheduler=scheduler,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_pages=config.num_pages,
         ),
     )
-    engine.summary = summary(built)
+    engine.summary = summary
     return engine
 
 
-def build_runner(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    owned: bool = False,
-    verify: bool = False,
-    dump_graphs: Path | None = None,
-) -> Built:
-    """The highest rung of the ladder on which `model` is exact.
+def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, str]]:
+    kept = KeptProgram.of(config, recipe)
+    if kept is not None and kept.exists:
+        started = time.perf_counter()
+        runner, facts = kept.restore()
+        return runner, {**facts, "start": f"warm, {time.perf_counter() - started:.2f} s"}
+    # Heavy imports: a warm start must not pay for them.
+    from .ladder import build_runner, summary
 
-    Raises:
-        UnsupportedModelError: on none.
-        VerificationError: `verify` is on and a step of the recipe changed the logits.
-    """
-    built = Built(None, 1)
-    check_causal(model)
-    reference = reference_logits(model)
-    try:
-        with built.timed("capture"):
-            program = capture(model, owned=owned)
-            check = SequenceCheck(reference)
-            check.prove(program)
-    except CaptureError as error:
-        return _lower_rung(model, built, str(error))
-    with built.timed("transforms"):
-        built.report = run_recipe(
-            program, recipe, check=check if verify else None, dump_graphs=dump_graphs
-        )
-    with built.timed("compile"):
-        function = compiled(program)
-    built.runner = PackedRunner(function, function.contract, program.weight_bytes())
-    _log.info("deployed packed and cached in %.1f s\n%s", sum(built.seconds.values()), built.report.table())
-    return built
+    live = isinstance(config.model, nn.Module)
+    if live:
+        model = config.model
+    else:
+        from .checkpoint import load_model
 
-
-def _lower_rung(model: nn.Module, built: Built, cause: str) -> Built:
-    """The model itself, called by a runner: slower, exact, and announced."""
-    built.cause = cause
-    limit = tolerance(next(model.parameters()).dtype)
-    error = model_cache_error(model)
-    built.rung = 2 if error is not None and error <= limit else 3
-    kind = SequenceRunner if built.rung == 2 else RecomputeRunner
-    built.runner = kind(model, max_positions(model))
-    why_not_2 = "" if built.rung == 2 else (
-        "; its own cache cannot be used either: "
-        + ("it keeps none" if error is None else f"decode differs from prefill by {error:.1e}")
+        model = load_model(config.model, config.dtype, config.device, config.trust_remote_code)
+    built = build_runner(
+        model,
+        recipe,
+        owned=not live,
+        verify=config.verify,
+        dump_graphs=Path(config.dump_graphs) if config.dump_graphs else None,
     )
-    _log.warning(
-        "%s runs on rung %d of 3 (%s), which is slow, because: %s%s",
-        type(model).__name__, built.rung, RUNGS[built.rung], cause, why_not_2,
-    )  # fmt: skip
-    return built
-
-
-def summary(built: Built) -> dict[str, str]:
-    """What was built, as text for logs, `EngineReady` and the command line."""
-    facts = {"rung": f"{built.rung} ({RUNGS[built.rung]})"}
-    if built.cause:
-        facts["cause"] = built.cause
-    if built.report is not None:
-        facts["recipe"] = built.report.recipe
-        facts["transforms"] = ", ".join(f"{s.id} {s.matches}" for s in built.report.steps)
-    facts.update({f"{phase} seconds": f"{s:.2f}" for phase, s in built.seconds.items()})
-    return facts
+    facts = summary(built)
+    if kept is not None and built.program is not None:
+        kept.keep(built.program, facts)
+    return built.runner, {**facts, "start": "cold"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import CheckpointError, UnsupportedModelError
 
@@ -25,6 +25,8 @@ def load_model(
         CheckpointError: it is missing, has no config or no weights, or cannot be read.
         UnsupportedModelError: it holds no causal language model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     _check_directory(path)
     where = f"checkpoint '{path}'"
     try:
@@ -69,12 +71,31 @@ def load_tokenizer(
         _log.warning("checkpoint '%s' has no tokenizer: prompts must be token ids", path)
         return None
     try:
+        if _is_generic_tokenizer(folder):
+            # The class AutoTokenizer would find, without 90 MB and a second of imports.
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"no tokenizer can be loaded from '{path}': {_short(error)}; pass tokenizer=..., or "
             "give prompts as token ids"
         ) from error
+
+
+def _is_generic_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint says that its tokenizer is tokenizer.json and nothing more."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    stated = json.loads(settings.read_text())
+    return "auto_map" not in stated and stated.get("tokenizer_class") in (
+        "TokenizersBackend",
+        "PreTrainedTokenizerFast",
+    )
 
 
 def _check_directory(path: str | Path) -> None:

@@ -7,13 +7,13 @@ means greedy only where the file says so explicitly together with no temperature
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
 
 from .runtime.sampling_params import SamplingParams
 
@@ -46,17 +46,13 @@ class GenerationDefaults:
 def defaults_of(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> GenerationDefaults:
     """Defaults of a live model or of a checkpoint's path or id."""
     if isinstance(model, nn.Module):
-        generation, config = getattr(model, "generation_config", None), model.config
+        generation = getattr(model, "generation_config", None)
+        stated = generation.to_diff_dict() if generation is not None else {}
+        config = model.config.to_dict()
     else:
-        generation, config = _read(model, trust_remote_code)
-    eos: list[int] = []
-    for source in (generation, config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        if value is not None:
-            eos = list(value) if isinstance(value, (list, tuple)) else [value]
-            break
+        stated, config = _read(Path(model), trust_remote_code)
+    eos = _eos_token_ids(stated, config, tokenizer)
     sampling: dict[str, Any] = {}
-    stated = generation.to_diff_dict() if generation is not None else {}
     for theirs, ours in _FIELDS.items():
         if stated.get(theirs) is not None:
             sampling[ours] = stated[theirs]
@@ -64,16 +60,35 @@ def defaults_of(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
         sampling["temperature"] = 0.0
     if sampling.get("max_tokens", 1) < 1:
         del sampling["max_tokens"]
-    defaults = GenerationDefaults(tuple(int(i) for i in eos), sampling)
+    defaults = GenerationDefaults(eos, sampling)
     shown = ", ".join(f"{k}={v}" for k, v in sampling.items()) or "none of its own"
     _log.info("sampling defaults of the checkpoint: %s; end of sequence: %s", shown, eos)
     return defaults
 
 
-def _read(path: str | Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+def _eos_token_ids(
+    generation: dict[str, Any], config: dict[str, Any], tokenizer: Any
+) -> tuple[int, ...]:
+    """The first that says something: generation_config, config, tokenizer."""
+    sources = (generation.get("eos_token_id"), config.get("eos_token_id"))
+    for value in (*sources, getattr(tokenizer, "eos_token_id", None)):
+        if value is not None:
+            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    return ()
+
+
+def _read(path: Path, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What generation_config and config of a checkpoint state."""
+    if path.is_dir():
+        # The files are plain JSON, and transformers' classes take a second to import.
+        files = (path / "generation_config.json", path / "config.json")
+        generation, config = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
+        return generation, config
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()
     try:
-        return GenerationConfig.from_pretrained(path), config
+        return GenerationConfig.from_pretrained(str(path)).to_diff_dict(), config
     except OSError:
         # A checkpoint need not have one.
-        return None, config
+        return {}, config

@@ -9,7 +9,6 @@ from torch import nn
 from .build import build_engine
 from .config import DeployConfig
 from .runtime.executor import Executor, start_executor
-from .transforms.capture.export import check_causal
 from .transforms.recipe import load_recipe
 
 
@@ -22,5 +21,7 @@ def build_executor(config: DeployConfig) -> Executor:
     """
     load_recipe(config.recipe, config.overrides)
     if isinstance(config.model, nn.Module):
+        from .transforms.capture.export import check_causal
+
         check_causal(config.model)
     return start_executor(config.executor, partial(build_engine, config))

@@ -129,18 +129,31 @@ class Op:
 
         return register
 
+    def implementation(self, name: str) -> Implementation:
+        """An implementation by name.
+
+        Raises:
+            OpError: there is none of that name.
+        """
+        for implementation in [self._reference(), *self.implementations]:
+            if implementation.name == name:
+                return implementation
+        raise OpError(f"op '{self.name}' has no implementation '{name}'")
+
+    def _reference(self) -> Implementation:
+        return Implementation("reference", self.reference, lambda _: True, 0)
+
     def choose(self, choice: Choice, prefer: Iterable[str] = ()) -> Implementation:
         """The implementation to run at one node; the reference when none applies.
 
         `prefer` names implementations to take first when they apply.
         """
-        possible = [i for i in self.implementations if i.when(choice)]
+        possible = [self._reference(), *(i for i in self.implementations if i.when(choice))]
         for name in prefer:
             for implementation in possible:
                 if implementation.name == name:
                     return implementation
-        reference = Implementation("reference", self.reference, lambda _: True, 0)
-        return max([reference, *possible], key=lambda i: i.priority)
+        return max(possible, key=lambda i: i.priority)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of one call by schema name, defaults filled in."""

@@ -8,6 +8,7 @@ values: a fused weight is a list of slices of checkpoint tensors, read once, whe
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from autodeploy.custom_ops.contract import CacheInput, Contract
 from autodeploy.custom_ops.op import op_of
 
 from ..errors import TransformError
+from .memory_pages import drop_memory_pages
 
 
 class Fact(enum.Enum):
@@ -43,12 +45,18 @@ class Weight:
     dtype: torch.dtype
 
 
-@dataclass
 class WeightSource:
-    """Tensors by name. `owned`: nobody else needs them, so reading may release them."""
+    """Tensors by name.
 
-    tensors: dict[str, torch.Tensor]
-    owned: bool = False
+    owned: nobody else needs them, so a tensor that was copied into a joined one is released.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], owned: bool = False) -> None:
+        self.originals = dict(tensors)
+        """Every tensor under its name; those released are empty."""
+        self._owned = owned
+        self._samples: dict[str, torch.Tensor] = {}
+        self._readers = Counter(_place(t) for t in tensors.values())
 
     def read(self, weight: Weight) -> torch.Tensor:
         """The weight's value; several pieces are joined into one new tensor.
@@ -56,20 +64,38 @@ class WeightSource:
         Raises:
             TransformError: a piece is missing.
         """
-        missing = [name for name in weight.pieces if name not in self.tensors]
+        missing = [name for name in weight.pieces if name not in self.originals]
         if missing:
             raise TransformError(f"weight '{missing[0]}' is not in the checkpoint")
-        pieces = [self.tensors[name] for name in weight.pieces]
+        pieces = [self.originals[name] for name in weight.pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def sample(self, name: str) -> torch.Tensor:
+        """Up to 64 elements spread over a tensor, also of one that was released."""
+        if name not in self._samples:
+            return sample_of(self.originals[name]).clone()
+        return self._samples[name]
+
     def release(self, names: Iterable[str]) -> None:
-        """Forgets tensors that nothing reads any more, if this source owns them."""
-        if self.owned:
-            for name in names:
-                tensor = self.tensors.pop(name, None)
-                if tensor is not None:
-                    # The model object still holds the parameter: free what it holds.
-                    tensor.data = torch.empty(0, dtype=tensor.dtype)
+        """Gives back the memory of tensors that nothing reads any more, if they are owned.
+
+        One that shares its storage with another name stays.
+        """
+        for name in names if self._owned else ():
+            tensor = self.originals[name]
+            if self._readers[_place(tensor)] == 1:
+                self._samples[name] = self.sample(name)
+                drop_memory_pages(tensor)
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to 64 elements spread evenly over a tensor."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // 63)]
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 @dataclass

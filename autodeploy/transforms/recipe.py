@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import RecipeError
+from . import library as _library  # noqa: F401 - registers the shipped transforms
 from .program import Fact
 from .transform import TRANSFORMS, Transform
 

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import sympy
 from torch import fx
 
 from ..errors import RecipeError
 from .program import Fact, Program, origin
+
+if TYPE_CHECKING:
+    import sympy
 
 TRANSFORMS: dict[str, type[Transform]] = {}
 """Every registered transform by its name in recipes."""

@@ -12,7 +12,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from autodeploy.build import build_runner
+from autodeploy.ladder import build_runner
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.messages import EngineRequest, TokenOutput
 from autodeploy.runtime.sampling_params import SamplingParams

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from autodeploy.custom_ops.contract import (
     METADATA,
@@ -154,6 +152,10 @@ def _dynamic(
     program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, dynamic: int
 ) -> torch.Tensor:
     """A fake tensor whose first `dynamic` extents are symbols."""
+    # A second of imports that a start from a kept program never needs.
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     sizes = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (len(shape) - dynamic)
     return program.fake_mode.from_tensor(
         torch.empty(shape, dtype=dtype, device=program.contract.device),

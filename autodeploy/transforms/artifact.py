@@ -1,0 +1,297 @@
+"""A finished program as plain data: what makes a second start skip transformers and export.
+
+Nodes are written as names and arguments, weights as names of checkpoint tensors; only tensors
+that no checkpoint holds (rotary frequencies and the like) travel with the program. Reading one
+back needs no tracing, no model class and no fake tensors. Nothing in the file is code: a target
+is a torch operator, a Python builtin of a short list, or an implementation registered for an op.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import fx
+
+from autodeploy.custom_ops.contract import CacheGroup, CacheInput, CacheSpec, Contract
+from autodeploy.custom_ops.op import OPS
+
+from ..errors import TransformError
+from .compiled import CompiledProgram
+from .memory_pages import drop_memory_pages
+from .program import Program, sample_of
+
+FORMAT = 1
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"operator.{f.__name__}": f
+    for f in (
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
+        operator.mod, operator.neg, operator.truediv, operator.ge, operator.le, operator.eq,
+        operator.ne, operator.lt, operator.gt,
+    )
+} | {"torch.sym_max": torch.sym_max, "torch.sym_min": torch.sym_min}  # fmt: skip
+_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+
+
+class StoredTensor(msgspec.Struct, array_like=True):
+    """A tensor's bytes, in row order."""
+
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+class StoredProgram(msgspec.Struct):
+    """Everything needed to run a program, but the checkpoint."""
+
+    format: int
+    nodes: list[list[Any]]
+    """[name, kind, target, args, kwargs] in order."""
+    weights: dict[str, list[str]]
+    """Attribute -> names of the tensors joined to make it."""
+    tensors: dict[str, StoredTensor]
+    """Tensors that are in no checkpoint."""
+    contract: dict[str, Any]
+    facts: dict[str, str]
+    """What was built, as text."""
+
+
+def store(
+    program: Program,
+    checkpoint: Mapping[str, torch.Size],
+    read_tensor: Callable[[str], torch.Tensor],
+    facts: Mapping[str, str],
+    path: Path,
+) -> str | None:
+    """Writes a program that has been through its recipe; returns why it cannot be, or None.
+
+    checkpoint: shapes of the tensors that a later start will find by name.
+    read_tensor: one of them. A converter may have changed what a name holds, so a sample of each
+    is compared with what the program uses.
+    """
+    if program.function is not None:
+        return "it is compiled; the compiler keeps its own artifacts"
+    pieces = {piece for weight in program.weights.values() for piece in weight.pieces}
+    aliases = _tied(program, pieces, checkpoint)
+    own: dict[str, StoredTensor] = {}
+    for name in sorted(pieces):
+        kept = aliases.get(name, name)
+        if kept in checkpoint:
+            if not torch.equal(sample_of(read_tensor(kept)), program.source.sample(name)):
+                return f"weight '{name}' differs from the checkpoint's tensor of that name"
+            continue
+        value = program.source.originals.get(name)
+        if value is None or value.numel() > 1 << 16:
+            return f"weight '{name}' is not in the checkpoint by that name"
+        own[name] = _stored(value)
+    try:
+        nodes = [_node(n) for n in program.graph.nodes]
+    except TransformError as error:
+        return str(error)
+    weights = {
+        name: [aliases.get(p, p) for p in weight.pieces] for name, weight in program.weights.items()
+    }
+    stored = StoredProgram(
+        FORMAT, nodes, weights, own, _contract_to_dict(program.contract), dict(facts)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(msgspec.msgpack.encode(stored))
+    unfinished.replace(path)
+    return None
+
+
+def read(path: Path) -> StoredProgram:
+    """A stored program.
+
+    Raises:
+        TransformError: the file is damaged or of another version.
+    """
+    try:
+        stored = msgspec.msgpack.decode(path.read_bytes(), type=StoredProgram)
+    except (msgspec.DecodeError, OSError) as error:
+        raise TransformError(f"artifact '{path}' cannot be read: {error}; delete it") from error
+    if stored.format != FORMAT:
+        raise TransformError(f"artifact '{path}' has format {stored.format}, not {FORMAT}")
+    return stored
+
+
+def restore(
+    stored: StoredProgram, read_tensor: Callable[[str], torch.Tensor]
+) -> tuple[CompiledProgram, int]:
+    """The program as a callable, and the bytes of its weights.
+
+    read_tensor: a checkpoint tensor by name, on the program's device.
+    """
+    module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    contract = _contract_from_dict(stored.contract)
+    weights: dict[tuple[str, ...], torch.Tensor] = {}
+    for attribute, pieces in stored.weights.items():
+        if tuple(pieces) not in weights:
+            weights[tuple(pieces)] = _weight(stored, pieces, read_tensor).to(contract.device)
+        module.register_buffer(attribute, weights[tuple(pieces)])
+    total = sum(value.nbytes for value in weights.values())
+    nodes: dict[str, fx.Node] = {}
+    for name, kind, target, args, kwargs in stored.nodes:
+        nodes[name] = module.graph.create_node(
+            kind,
+            _target(kind, target),
+            _decoded(args, nodes),
+            _decoded(kwargs, nodes),
+            name,
+        )
+    module.recompile()
+    inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
+    return CompiledProgram(module.forward, inputs, contract), total
+
+
+def _weight(
+    stored: StoredProgram, pieces: list[str], read_tensor: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
+    parts = [
+        _tensor(stored.tensors[name]) if name in stored.tensors else read_tensor(name)
+        for name in pieces
+    ]
+    # A copy, always: a view into the file would keep all of it mapped, and what is joined
+    # would count twice.
+    value = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+    for part in parts:
+        drop_memory_pages(part)
+    return value
+
+
+def _tied(
+    program: Program, pieces: set[str], checkpoint: Mapping[str, torch.Size]
+) -> dict[str, str]:
+    """Names that the checkpoint has under another name, because they are the same tensor."""
+    by_place = {}
+    for name, tensor in program.source.originals.items():
+        if name in checkpoint and tuple(checkpoint[name]) == tuple(tensor.shape):
+            by_place[(tensor.data_ptr(), tuple(tensor.shape))] = name
+    return {
+        name: by_place[place]
+        for name in pieces
+        if name not in checkpoint
+        and (tensor := program.source.originals.get(name)) is not None
+        and (place := (tensor.data_ptr(), tuple(tensor.shape))) in by_place
+        and tensor.numel()
+    }
+
+
+def _node(node: fx.Node) -> list[Any]:
+    if node.op == "call_function":
+        target: Any = _target_name(node)
+    else:
+        target = str(node.target)
+    return [node.name, node.op, target, _encoded(node.args), _encoded(dict(node.kwargs))]
+
+
+def _target_name(node: fx.Node) -> str:
+    if "implementation" in node.meta and not isinstance(node.target, torch._ops.OpOverload):
+        return f"op:{node.meta['op']}:{node.meta['implementation']}"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"torch:{node.target.name()}:{node.target._overloadname}"
+    if node.target in _NAMES:
+        return f"function:{_NAMES[node.target]}"  # type: ignore[index]
+    raise TransformError(f"node '{node.name}' calls {node.target}, which has no name to store")
+
+
+def _target(kind: str, target: str) -> Any:
+    if kind != "call_function":
+        return target
+    family, _, rest = target.partition(":")
+    if family == "function":
+        return _FUNCTIONS[rest]
+    if family == "op":
+        name, _, implementation = rest.partition(":")
+        return OPS[name].implementation(implementation).function
+    qualified, _, overload = rest.rpartition(":")
+    namespace, _, name = qualified.partition("::")
+    return getattr(getattr(getattr(torch.ops, namespace), name.split(".")[0]), overload)
+
+
+def _encoded(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return {"float": repr(value)}
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encoded(v) for k, v in value.items()}}
+    for kind in ("dtype", "device", "layout", "memory_format"):
+        if isinstance(value, getattr(torch, kind)):
+            return {kind: str(value).removeprefix("torch.")}
+    raise TransformError(f"an argument of type {type(value).__name__} cannot be stored")
+
+
+def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(v, nodes) for v in value)
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {k: _decoded(v, nodes) for k, v in content.items()}
+    return torch.device(content) if kind == "device" else getattr(torch, content)
+
+
+def _stored(value: torch.Tensor) -> StoredTensor:
+    plain = value.detach().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return StoredTensor(str(plain.dtype).removeprefix("torch."), list(plain.shape), data)
+
+
+def _tensor(stored: StoredTensor) -> torch.Tensor:
+    dtype = getattr(torch, stored.dtype)
+    if not stored.data:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(stored.data), dtype=dtype).reshape(stored.shape)
+
+
+def _contract_to_dict(contract: Contract) -> dict[str, Any]:
+    return {
+        "metadata": list(contract.metadata),
+        "vocab_size": contract.vocab_size,
+        "max_positions": contract.max_positions,
+        "device": str(contract.device),
+        "dtype": str(contract.dtype).removeprefix("torch."),
+        "groups": [
+            {
+                "name": g.name, "per": g.per, "window": g.window,
+                "members": [
+                    [m.input, m.spec.name, list(m.spec.shape), str(m.spec.dtype).removeprefix("torch.")]
+                    for m in g.members
+                ],
+            }
+            for g in contract.groups
+        ],
+    }  # fmt: skip
+
+
+def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
+    def group(g: Mapping[str, Any]) -> CacheGroup:
+        members = tuple(
+            CacheInput(i, CacheSpec(n, tuple(s), getattr(torch, d), g["per"], g["window"]))
+            for i, n, s, d in g["members"]
+        )
+        return CacheGroup(g["name"], g["per"], g["window"], members)
+
+    return Contract(
+        metadata=tuple(data["metadata"]),
+        groups=tuple(group(g) for g in data["groups"]),
+        vocab_size=data["vocab_size"],
+        max_positions=data["max_positions"],
+        device=torch.device(data["device"]),
+        dtype=getattr(torch, data["dtype"]),
+    )
