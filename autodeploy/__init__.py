@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
+    from .beam_search import BeamSearchParams
     from .config import DeployConfig
     from .deployment import deploy
     from .llm import LLM
     from .outputs import CompletionOutput, RequestOutput
-    from .beam_search import BeamSearchParams
     from .runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"

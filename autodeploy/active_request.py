@@ -118,9 +118,9 @@ class ActiveRequest:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
         for candidates in logprobs:
             completion.logprobs.append(self._entry(candidates))
-            completion.cumulative_logprob = (
-                completion.cumulative_logprob or 0.0
-            ) + candidates[0].logprob
+            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + candidates[
+                0
+            ].logprob
 
     def _entry(self, candidates: list[TokenLogprob]) -> dict[int, Logprob]:
         return {

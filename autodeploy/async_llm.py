@@ -169,7 +169,9 @@ class AsyncLLM:
         if self._closed:
             raise EngineDeadError("this AsyncLLM was shut down; deploy the model again")
         if kind not in ("delta", "cumulative", "final"):
-            raise InvalidRequestError(f"output_kind must be delta, cumulative or final, not {kind!r}")
+            raise InvalidRequestError(
+                f"output_kind must be delta, cumulative or final, not {kind!r}"
+            )
         read = read_prompts(prompt, self.tokenizer)
         if len(read) != 1:
             raise InvalidRequestError(f"AsyncLLM.generate takes one prompt, not {len(read)}")

@@ -38,7 +38,9 @@ class BeamSearchParams:
             if type(value) is not int or value < 1:
                 raise SamplingParamsError(f"{name} must be a positive integer, not {value!r}")
         if not abs(self.length_penalty) < 1e3:
-            raise SamplingParamsError(f"length_penalty must be a number, not {self.length_penalty!r}")
+            raise SamplingParamsError(
+                f"length_penalty must be a number, not {self.length_penalty!r}"
+            )
 
 
 @dataclass

@@ -52,5 +52,7 @@ def _conversations(messages: Any) -> list[Any]:
     for conversation in conversations:
         for message in conversation:
             if not isinstance(message, Mapping) or "role" not in message:
-                raise InvalidRequestError(f"a message is a dict with 'role' and 'content', not {message!r}")
+                raise InvalidRequestError(
+                    f"a message is a dict with 'role' and 'content', not {message!r}"
+                )
     return conversations

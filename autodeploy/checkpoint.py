@@ -101,7 +101,11 @@ def _is_generic_tokenizer(folder: Path) -> bool:
 def _check_directory(path: str | Path) -> None:
     folder = Path(path)
     if not folder.exists():
-        if isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        if (
+            isinstance(path, Path)
+            or str(path).startswith((".", "/", "~"))
+            or str(path).count("/") > 1
+        ):
             raise CheckpointError(f"checkpoint directory '{path}' does not exist")
         return
     if not folder.is_dir():

@@ -1,22 +1,22 @@
 """Every error autodeploy raises on purpose: one small tree, imported by all, importing nothing.
 
-    AutodeployError
-    ├── InvalidRequestError        (ValueError)  one request is refused; others are untouched
-    │   ├── EmptyPromptError
-    │   ├── PromptTooLongError
-    │   ├── UnknownTokenError
-    │   └── SamplingParamsError
-    ├── ConfigError                (ValueError)  an option, keyword or file value is wrong
-    │   └── RecipeError
-    ├── ModelError                               the model or checkpoint cannot be served
-    │   ├── CheckpointError
-    │   ├── UnsupportedModelError
-    │   └── CaptureError
-    ├── TransformError                           a transform failed or did not match
-    │   └── VerificationError
-    └── EngineError                              the runtime
-        ├── EngineDeadError
-        └── OutOfMemoryError
+AutodeployError
+├── InvalidRequestError        (ValueError)  one request is refused; others are untouched
+│   ├── EmptyPromptError
+│   ├── PromptTooLongError
+│   ├── UnknownTokenError
+│   └── SamplingParamsError
+├── ConfigError                (ValueError)  an option, keyword or file value is wrong
+│   └── RecipeError
+├── ModelError                               the model or checkpoint cannot be served
+│   ├── CheckpointError
+│   ├── UnsupportedModelError
+│   └── CaptureError
+├── TransformError                           a transform failed or did not match
+│   └── VerificationError
+└── EngineError                              the runtime
+    ├── EngineDeadError
+    └── OutOfMemoryError
 """
 
 

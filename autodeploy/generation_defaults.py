@@ -48,7 +48,8 @@ def defaults_of(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
     if isinstance(model, nn.Module):
         generation = getattr(model, "generation_config", None)
         stated = generation.to_diff_dict() if generation is not None else {}
-        config = model.config.to_dict()
+        live: Any = model
+        config = live.config.to_dict()
     else:
         stated, config = _read(Path(model), trust_remote_code)
     eos = _eos_token_ids(stated, config, tokenizer)

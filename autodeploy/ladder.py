@@ -24,7 +24,7 @@ from .transforms.capture.export import capture, check_causal, max_positions
 from .transforms.compiled import compiled
 from .transforms.pipeline import PipelineReport, run_recipe
 from .transforms.program import Program
-from .transforms.recipe import Recipe, load_recipe
+from .transforms.recipe import Recipe
 from .transforms.verify import SequenceCheck, reference_logits, tolerance
 
 _log = logging.getLogger("autodeploy")
@@ -89,7 +89,11 @@ def build_runner(
         function = compiled(program)
     built.program = program
     built.runner = PackedRunner(function, function.contract, program.weight_bytes())
-    _log.info("deployed packed and cached in %.1f s\n%s", sum(built.seconds.values()), built.report.table())
+    _log.info(
+        "deployed packed and cached in %.1f s\n%s",
+        sum(built.seconds.values()),
+        built.report.table(),
+    )
     return built
 
 
@@ -101,9 +105,13 @@ def _lower_rung(model: nn.Module, built: Built, cause: str) -> Built:
     built.rung = 2 if error is not None and error <= limit else 3
     kind = SequenceRunner if built.rung == 2 else RecomputeRunner
     built.runner = kind(model, max_positions(model))
-    why_not_2 = "" if built.rung == 2 else (
-        "; its own cache cannot be used either: "
-        + ("it keeps none" if error is None else f"decode differs from prefill by {error:.1e}")
+    why_not_2 = (
+        ""
+        if built.rung == 2
+        else (
+            "; its own cache cannot be used either: "
+            + ("it keeps none" if error is None else f"decode differs from prefill by {error:.1e}")
+        )
     )
     _log.warning(
         "%s runs on rung %d of 3 (%s), which is slow, because: %s%s",

@@ -48,9 +48,7 @@ class LLM:
         config = DeployConfig.from_options(
             model, {"tokenizer": tokenizer, "recipe": recipe, **options}
         )
-        self._start(
-            build_executor(config), resolve_tokenizer(config), config.model, config.seed
-        )
+        self._start(build_executor(config), resolve_tokenizer(config), config.model, config.seed)
 
     @classmethod
     def from_parts(

@@ -38,7 +38,8 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise InvalidRequestError(
-            f"prompts must be text, token ids, a dict or a list of those, not {type(prompts).__name__}"
+            "prompts must be text, token ids, a dict or a list of those, not "
+            f"{type(prompts).__name__}"
         )
     # A list of integers is one prompt of token ids.
     if prompts and all(type(p) is int for p in prompts):

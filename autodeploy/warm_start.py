@@ -104,7 +104,7 @@ def _opened(headers: dict[Path, dict[str, Any]]) -> Iterator[Any]:
             file = where[name]
             if file not in files:
                 files[file] = stack.enter_context(safe_open(file, framework="pt"))
-            return files[file].get_tensor(name)  # type: ignore[no-any-return]
+            return files[file].get_tensor(name)
 
         yield read_tensor
 
@@ -124,7 +124,9 @@ def safetensors_headers(folder: Path) -> dict[Path, dict[str, Any]]:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length))
         except (struct.error, ValueError, OSError, MemoryError, OverflowError) as error:
-            raise CheckpointError(f"'{file}' is not a readable safetensors file: {error}") from error
+            raise CheckpointError(
+                f"'{file}' is not a readable safetensors file: {error}"
+            ) from error
         header.pop("__metadata__", None)
         headers[file] = header
     return headers

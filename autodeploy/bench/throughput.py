@@ -31,9 +31,7 @@ class Result:
 
 def run_autodeploy(llm: LLM, work: Workload) -> Result:
     """All requests submitted at once, greedy, exactly the asked number of tokens each."""
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in work.outputs
-    ]
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in work.outputs]
     started = time.perf_counter()
     outputs = llm.generate([list(p) for p in work.prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - started

@@ -7,7 +7,7 @@ any model whose forward takes `input_ids`, whatever its graph looks like.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class RecomputeRunner:
         """Logits [count, vocab] of the chunk."""
         return self._run(chunk.token_ids, 0).logits[0, chunk.start :]
 
-    def _run(self, token_ids: Sequence[int], start: int, **cache: Any) -> Any:
+    def _run(self, token_ids: Any, start: int, **cache: Any) -> Any:
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.contract.device)[None]
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False, **cache}
         if "position_ids" in self._accepted:

@@ -84,8 +84,8 @@ def store(
             if not torch.equal(sample_of(read_tensor(kept)), program.source.sample(name)):
                 return f"weight '{name}' differs from the checkpoint's tensor of that name"
             continue
-        value = program.source.originals.get(name)
-        if value is None or value.numel() > 1 << 16:
+        value = program.source.originals[name]
+        if value.numel() > 1 << 16:
             return f"weight '{name}' is not in the checkpoint by that name"
         own[name] = _stored(value)
     try:
@@ -168,18 +168,21 @@ def _tied(
     program: Program, pieces: set[str], checkpoint: Mapping[str, torch.Size]
 ) -> dict[str, str]:
     """Names that the checkpoint has under another name, because they are the same tensor."""
-    by_place = {}
-    for name, tensor in program.source.originals.items():
-        if name in checkpoint and tuple(checkpoint[name]) == tuple(tensor.shape):
-            by_place[(tensor.data_ptr(), tuple(tensor.shape))] = name
-    return {
-        name: by_place[place]
-        for name in pieces
-        if name not in checkpoint
-        and (tensor := program.source.originals.get(name)) is not None
-        and (place := (tensor.data_ptr(), tuple(tensor.shape))) in by_place
-        and tensor.numel()
+    originals = program.source.originals
+    held = {
+        _place(tensor): name
+        for name, tensor in originals.items()
+        if tensor.numel() and tuple(checkpoint.get(name, ())) == tuple(tensor.shape)
     }
+    return {
+        name: held[_place(originals[name])]
+        for name in pieces
+        if name not in checkpoint and name in originals and _place(originals[name]) in held
+    }
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def _node(node: fx.Node) -> list[Any]:
@@ -196,7 +199,7 @@ def _target_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return f"torch:{node.target.name()}:{node.target._overloadname}"
     if node.target in _NAMES:
-        return f"function:{_NAMES[node.target]}"  # type: ignore[index]
+        return f"function:{_NAMES[node.target]}"
     raise TransformError(f"node '{node.name}' calls {node.target}, which has no name to store")
 
 

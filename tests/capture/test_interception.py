@@ -15,16 +15,25 @@ from autodeploy.transforms.capture.export import capture
 from autodeploy.transforms.capture.interception import interception, modeling_modules
 
 
+REGISTRIES = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
+
+
+def functions_of(module) -> dict[str, int]:
+    return {name: id(value) for name, value in vars(module).items() if callable(value)}
+
+
 def state_of(model: nn.Module) -> dict:
     """Everything capture could leave a trace on."""
     return {
         "config": [dict(vars(c)) for c in configs_of(model)],
         "modules": {name: sorted(vars(m)) for name, m in model.named_modules()},
         "training": {name: m.training for name, m in model.named_modules()},
-        "weights": {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()},
-        "functions": {m.__name__: {k: id(v) for k, v in vars(m).items() if callable(v)} for m in modeling_modules(model)},
-        "masking": {k: id(v) for k, v in vars(masking_utils).items() if callable(v)},
-        "registries": [dict(r._global_mapping) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)],
+        "weights": {
+            name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()
+        },
+        "functions": {m.__name__: functions_of(m) for m in modeling_modules(model)},
+        "masking": functions_of(masking_utils),
+        "registries": [dict(registry._global_mapping) for registry in REGISTRIES],
         "grad": torch.is_grad_enabled(),
     }  # fmt: skip
 

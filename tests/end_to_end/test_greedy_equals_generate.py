@@ -47,9 +47,7 @@ def serve(engine, requests):
             index = waiting.pop(0)
             prompt, count, _ = requests[index]
             params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-            engine.add(
-                EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
-            )
+            engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
             if ABORTED.get(index) == 0:
                 engine.abort([str(index)])
         for output in engine.step():
@@ -90,9 +88,7 @@ def check(model, engine, vocab_size):
 
 
 def tight_engine(runner, num_pages):
-    scheduler = SchedulerConfig(
-        max_num_seqs=8, max_prefill_chunk=7, page_size=4, max_model_len=88
-    )
+    scheduler = SchedulerConfig(max_num_seqs=8, max_prefill_chunk=7, page_size=4, max_model_len=88)
     return EngineCore(runner, EngineConfig(scheduler=scheduler, num_pages=num_pages))
 
 

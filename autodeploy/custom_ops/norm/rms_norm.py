@@ -37,6 +37,7 @@ def rms_norm(
 @rms_norm.fake
 def _(x: torch.Tensor, weight: torch.Tensor | None, *others: object) -> torch.Tensor:
     cast_before_weight = others[2] if len(others) > 2 else True
-    promotes = weight is not None and cast_before_weight
-    dtype = torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype
+    dtype = x.dtype
+    if weight is not None and cast_before_weight:
+        dtype = torch.promote_types(dtype, weight.dtype)
     return x.new_empty(x.shape, dtype=dtype)

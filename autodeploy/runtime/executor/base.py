@@ -42,4 +42,4 @@ class Executor(Protocol):
 def dead_error(died: EngineDied) -> errors.AutodeployError:
     """The exception that an `EngineDied` event stands for."""
     kind = getattr(errors, died.error, errors.EngineDeadError)
-    return kind(died.message)  # type: ignore[no-any-return]
+    return kind(died.message)

@@ -34,7 +34,7 @@ from .rotary import intercept_rotary
 from .sequence_functions import intercept_sequence_functions
 
 MAX_TOKENS = 1 << 20
-_SAMPLE_TOKENS = 12
+_SAMPLE_TOKENS = 22
 _log = logging.getLogger(__name__)
 
 
@@ -104,7 +104,8 @@ def check_causal(model: nn.Module) -> None:
             f"{name} is an encoder-decoder: it needs an encoder input beside input_ids; "
             "deploy takes decoder-only models"
         )
-    if not hasattr(model, "generate") or not model.can_generate():
+    can_generate: Any = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate():
         raise UnsupportedModelError(
             f"{name} cannot generate (it has no causal language-model head); "
             "load the checkpoint with AutoModelForCausalLM"
@@ -151,7 +152,7 @@ def _export(packed: Packed) -> ExportedProgram:
         torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.int64, device=device),
         torch.arange(half, device=device).repeat(2)[None],
         torch.tensor([0, half, _SAMPLE_TOKENS], dtype=torch.int32, device=device),
-        torch.tensor([half - 1, _SAMPLE_TOKENS - 1, 3], device=device),
+        torch.tensor([half - 1, _SAMPLE_TOKENS - 1, 3, 4, 5], device=device),
     )
     tokens = Dim("tokens", min=1, max=MAX_TOKENS)
     shapes = (

@@ -52,7 +52,7 @@ def _floats(module: nn.Module) -> dict[str, float]:
 def _probe_key(module: nn.Module) -> Any:
     """What decides the result of a candidate, or None if the module cannot be an RMS norm."""
     parameters = dict(module.named_parameters(recurse=False))
-    if list(module.children()) or list(module.buffers(recurse=False)) or "forward" in vars(module):
+    if module._modules or module._buffers or "forward" in vars(module):
         return None
     if set(parameters) - {"weight"} or any(p.dim() != 1 for p in parameters.values()):
         return None
@@ -73,7 +73,8 @@ def _probe_key(module: nn.Module) -> Any:
 def prove_rms_norm(module: nn.Module) -> dict[str, Any] | None:
     """Keyword arguments of `rms_norm` that reproduce the module exactly; None if none do."""
     with _disable_current_modes(), torch.no_grad():
-        width = module.weight.shape[0] if "weight" in module._parameters and module.weight is not None else 32
+        own = module._parameters.get("weight")
+        width = 32 if own is None else int(own.shape[0])
         generator = torch.Generator().manual_seed(0)
         weight = torch.rand(width, generator=generator) + 0.25
         x = torch.randn(7, width, generator=generator) * 3

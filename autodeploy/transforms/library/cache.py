@@ -34,8 +34,11 @@ from ...errors import TransformError
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
-_SAMPLE_PAGES = 7
-_SAMPLE_PAGE_SIZE = 5
+# Sizes behind the symbols. All differ, from each other and from those of capture's sample:
+# Inductor takes symbols with equal samples for one.
+_SAMPLE_PAGES = 13
+_SAMPLE_PAGE_SIZE = 7
+_SAMPLE_WIDTH = 17
 
 
 @register_transform("cache")
@@ -140,7 +143,7 @@ def _metadata_input(program: Program, name: str, group: str | None, op: str) -> 
             value = None
     if name == "block_table":
         # Its width is a symbol of its own; its height is the number of sequences.
-        width = _dynamic(program, full, (_SAMPLE_PAGES,), torch.int32, 1).shape[0]
+        width = _dynamic(program, full, (_SAMPLE_WIDTH,), torch.int32, 1).shape[0]
         with program.fake_mode:
             value = torch.empty(sequences, width, dtype=torch.int32, device=device)
     if value is None:

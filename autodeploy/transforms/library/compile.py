@@ -96,8 +96,11 @@ def _compile(module: fx.GraphModule, path: Path) -> Any:
     from torch._inductor import standalone_compile
 
     _log.info("compiling with Inductor; the result is kept in %s", path)
-    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    artifact = standalone_compile(module, inputs, dynamic_shapes="from_graph")
+    values = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    # Parameters keep requires_grad through export; with it a backward graph would be made too.
+    inputs = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
+    with torch.no_grad():
+        artifact = standalone_compile(module, inputs, dynamic_shapes="from_graph")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     artifact.save(path=str(unfinished), format="binary")

@@ -37,10 +37,10 @@ class FuseParallelLinears(Transform):
         parallel: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
         for node in program.graph.nodes:
             if is_call(node, aten.linear.default) and _is_plain(program, node):
-                weight = program.weights[str(node.args[1].target)]
-                parallel[(node.args[0], _bias(node) is not None, weight.dtype)].append(node)
+                dtype = node.args[1].meta["val"].dtype
+                parallel[(node.args[0], _bias(node) is not None, dtype)].append(node)
         for nodes in parallel.values():
-            width = sum(program.weights[str(n.args[1].target)].shape[0] for n in nodes)  # type: ignore[union-attr]
+            width = sum(int(n.meta["val"].shape[-1]) for n in nodes)
             if len(nodes) > 1 and (not self.max_width or width <= self.max_width):
                 yield Site(tuple(nodes))
 
@@ -96,9 +96,9 @@ def _joined(program: Program, nodes: list[fx.Node], before: fx.Node) -> fx.Node:
 def _joined_name(names: list[str]) -> str:
     """`layers_0_q_proj_weight`, `layers_0_k_proj_weight` -> `layers_0_q_proj_and_k_proj_weight`."""
     parts = [name.split("_") for name in names]
-    head = os.path.commonprefix(parts)  # type: ignore[type-var]
+    head = os.path.commonprefix(parts)
     tails = [part[len(head) :] for part in parts]
-    tail = os.path.commonprefix([t[::-1] for t in tails])[::-1]  # type: ignore[type-var]
+    tail = os.path.commonprefix([t[::-1] for t in tails])[::-1]
     while tail and len(tail) >= min(map(len, tails)):
         tail = tail[1:]
     # Keep the last shared word in front of `weight`: "q_proj" says more than "q".

@@ -27,7 +27,7 @@ def twin_of(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         VerificationError: the config does not say how many layers there are.
     """
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = layer_list(model)
     _keep_layers(text, len(layers), layers_needed(layers))
