@@ -84,10 +84,9 @@ def store(
             if not torch.equal(sample_of(read_tensor(kept)), program.source.sample(name)):
                 return f"weight '{name}' differs from the checkpoint's tensor of that name"
             continue
-        value = program.source.originals[name]
-        if value.numel() > 1 << 16:
-            return f"weight '{name}' is not in the checkpoint by that name"
-        own[name] = _stored(value)
+        if name not in program.source.derived:
+            return f"weight '{name}' is not in the checkpoint by that name and type"
+        own[name] = _stored(program.source.originals[name])
     try:
         nodes = [_node(n) for n in program.graph.nodes]
     except TransformError as error:

@@ -49,10 +49,17 @@ class WeightSource:
     """Tensors by name.
 
     owned: nobody else needs them, so a tensor that was copied into a joined one is released.
+    derived: names that no checkpoint holds, because the model computes them from its config.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], owned: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        owned: bool = False,
+        derived: frozenset[str] = frozenset(),
+    ) -> None:
         self.originals = dict(tensors)
+        self.derived = derived
         """Every tensor under its name; those released are empty."""
         self._owned = owned
         self._samples: dict[str, torch.Tensor] = {}

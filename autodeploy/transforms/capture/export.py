@@ -261,7 +261,7 @@ def _to_program(exported: ExportedProgram, model: nn.Module, owned: bool) -> Pro
     return Program(
         module,
         weights,
-        WeightSource(tensors, owned),
+        WeightSource(tensors, owned, derived=frozenset(tensors) - set(model.state_dict())),
         contract,
         {Fact.FUNCTIONAL, Fact.LAZY_WEIGHTS},
         fake_mode,
