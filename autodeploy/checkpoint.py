@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def load_model(
         UnsupportedModelError: it holds no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     _check_directory(path)
     where = f"checkpoint '{path}'"
@@ -38,6 +40,8 @@ def load_model(
             f"{where} is an encoder-decoder: it needs an encoder input beside input_ids; "
             "deploy takes decoder-only models"
         )
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

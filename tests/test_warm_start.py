@@ -73,7 +73,9 @@ def test_another_config_recipe_or_dtype_is_another_program(tmp_path, cache):
     config["rms_norm_eps"] = 1e-3
     (folder / "config.json").write_text(json.dumps(config))
     assert tokens(folder)[0] == "cold"
-    assert len(list(cache.iterdir())) == 3  # the converted dtype is not kept: it is no view of the file
+    assert (
+        len(list(cache.iterdir())) == 3
+    )  # the converted dtype is not kept: it is no view of the file
 
 
 def test_a_checkpoint_whose_names_need_converting_is_not_kept(tmp_path, cache):

@@ -31,16 +31,28 @@ def add_parser(subparsers: Any) -> None:
 def _add_throughput(kinds: Any) -> None:
     parser = kinds.add_parser("throughput", help="output tokens/s of a ragged workload")
     parser.add_argument("--model", help="checkpoint; default: a random Llama of 101 M parameters")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--prompt", type=_range, default=(32, 256), metavar="LOW:HIGH")
-    parser.add_argument("--output", type=_range, default=(32, 256), metavar="LOW:HIGH")
+    parser.add_argument("--requests", type=int, default=32, help="how many")
+    parser.add_argument(
+        "--prompt",
+        type=_range,
+        default=(32, 256),
+        metavar="LOW:HIGH",
+        help="prompt tokens, uniform in the range",
+    )
+    parser.add_argument(
+        "--output",
+        type=_range,
+        default=(32, 256),
+        metavar="LOW:HIGH",
+        help="output tokens, uniform in the range",
+    )
     parser.add_argument(
         "--against", action="append", default=[], choices=("generate", "generate_batch"),
         help="also run transformers on the same work (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--recipe", default="default", help="name or path")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the workload and random weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.set_defaults(run=run_throughput)
 
@@ -48,7 +60,7 @@ def _add_throughput(kinds: Any) -> None:
 def _add_startup(kinds: Any) -> None:
     parser = kinds.add_parser("startup", help="seconds from deploy() to the first token")
     parser.add_argument("model", help="checkpoint directory or hub id")
-    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--recipe", default="default", help="name or path")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.set_defaults(run=run_startup)
 

@@ -28,7 +28,10 @@ class SpellOutRope(Transform):
         for node in program.graph.nodes:
             # Partial and interleaved forms are left as they are.
             if is_call(node, rope.overload):
-                width, table = node.args[0].meta["val"].shape[-1], node.args[2].meta["val"].shape[-1]
+                width, table = (
+                    node.args[0].meta["val"].shape[-1],
+                    node.args[2].meta["val"].shape[-1],
+                )
                 if width == table and rope.bind(node.args, node.kwargs)["interleaved"] is False:
                     yield Site((node,))
 

@@ -14,7 +14,6 @@ from autodeploy.transforms.capture.attention import configs_of
 from autodeploy.transforms.capture.export import capture
 from autodeploy.transforms.capture.interception import interception, modeling_modules
 
-
 REGISTRIES = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,10 @@ def capture(
         CaptureError: it cannot be captured exactly; the message names the cause.
     """
     check_causal(model)
-    with captured_state(model, options or CaptureOptions()):
+    with captured_state(model, options or CaptureOptions()), warnings.catch_warnings():
+        # torch's own pytree warns about itself, and about state that is put back on exit.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
         exported = _export(Packed(model))
     _check_guards(exported)
     return _to_program(exported.run_decompositions({}), model, owned)

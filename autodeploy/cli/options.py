@@ -1,0 +1,80 @@
+"""Options several commands share: recipes and what `deploy` can be told."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--set, which changes options of recipe steps."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="STEP.OPTION=VALUE", dest="changes",
+        help="change an option of a recipe step; the value is YAML (repeatable)",
+    )  # fmt: skip
+
+
+def read_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
+    """Overrides by step id from `STEP.OPTION=VALUE` words.
+
+    Raises:
+        ConfigError: a word has another form.
+    """
+    from omegaconf import OmegaConf
+
+    overrides: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        place, equals, value = change.partition("=")
+        step, dot, option = place.partition(".")
+        if not (equals and dot and step and option):
+            raise ConfigError(f"--set takes STEP.OPTION=VALUE, not '{change}'")
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        overrides.setdefault(step, {})[option] = dict(parsed)["value"]  # type: ignore[arg-type]
+    return overrides
+
+
+def add_deploy_options(parser: argparse.ArgumentParser) -> None:
+    """Fields of DeployConfig as flags, named as in vLLM; what is not given keeps its default."""
+    group = parser.add_argument_group("deployment")
+    group.add_argument("--recipe", default="default", help="name or path (default: default)")
+    add_recipe_options(parser)
+    group.add_argument("--tokenizer", help="path or id; default: the checkpoint's own")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: the checkpoint's",
+    )
+    group.add_argument("--device", help="such as cpu or cuda:0; default: cuda if there is one")
+    for name, text in (
+        ("max-model-len", "longest prompt plus output, in tokens"),
+        ("max-num-seqs", "most sequences in one step"),
+        ("max-num-batched-tokens", "token budget of one step"),
+        ("block-size", "tokens in a KV page"),
+        ("kv-cache-memory-bytes", "memory of all caches together"),
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None,
+        help="reuse pages between requests that start alike (default: yes)",
+    )  # fmt: skip
+    group.add_argument("--executor", choices=("inprocess", "process"), help="where the engine runs")
+    group.add_argument("--trust-remote-code", action="store_true", default=None,
+                       help="run code that the checkpoint brings along")  # fmt: skip
+    group.add_argument("--verify", action="store_true", default=None,
+                       help="compare logits with the plain model after every step")  # fmt: skip
+    group.add_argument("--dump-graphs", metavar="DIR", help="write the graph's text per step")
+
+
+_DEPLOY = (
+    "tokenizer", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "block_size", "kv_cache_memory_bytes", "enable_prefix_caching", "executor",
+    "trust_remote_code", "verify", "dump_graphs",
+)  # fmt: skip
+
+
+def deploy_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `deploy` from parsed flags."""
+    given = {name: getattr(args, name) for name in _DEPLOY if getattr(args, name) is not None}
+    return {**given, "recipe": args.recipe, "overrides": read_changes(args.changes)}
