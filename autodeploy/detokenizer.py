@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Decoding starts this many tokens before the first one whose text is not out yet.
+# Tokens of the prompt that are decoded together with the first new ones.
 _CONTEXT = 6
 
 
@@ -39,9 +39,11 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._tokens = list(prompt_token_ids[-_CONTEXT:])
+        self._tokens = self._end_of(list(prompt_token_ids))
+        # Tokens from `_start` on are decoded; the text of those before `_done` is out. Both only
+        # ever stand where a character ends: half of one would spoil the text around it.
+        self._start = 0
         self._done = len(self._tokens)
-        self._first = self._done
         self._made = 0
         self._held = ""
         self._longest_stop = max(map(len, self._stop), default=0)
@@ -56,9 +58,11 @@ class Detokenizer:
             self._tokens.append(token_id)
             if self._tokenizer is not None:
                 self._held += self._new_text(final=False)
-                if self._find_stop():
+                if self._made <= self._min_tokens:
+                    self._release(keep=0)
+                elif self._find_stop():
                     return count
-        self._release(keep=self._partial_stop())
+        self._release(keep=self._partial_stop() if self._made > self._min_tokens else 0)
         return len(token_ids)
 
     def finish(self) -> str:
@@ -71,13 +75,21 @@ class Detokenizer:
 
     def _new_text(self, final: bool) -> str:
         """Text of the tokens since `_done`, if it is whole; empty while a character is open."""
-        start = max(0, self._done - _CONTEXT)
-        before = self._decode(self._tokens[start : self._done])
-        after = self._decode(self._tokens[start:])
-        if not final and after.endswith("�"):
+        before = self._decode(self._tokens[self._start : self._done])
+        after = self._decode(self._tokens[self._start :])
+        if not final and (after.endswith("�") or len(after) <= len(before)):
             return ""
-        self._done = len(self._tokens)
+        self._start, self._done = self._done, len(self._tokens)
         return after[len(before) :]
+
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        """The last few tokens of a prompt, from the start of a character on."""
+        size = _CONTEXT
+        while self._tokenizer is not None and size < len(prompt):
+            if not self._decode(prompt[-size:]).startswith("�"):
+                return prompt[-size:]
+            size *= 2
+        return prompt[-size:]
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
@@ -86,10 +98,7 @@ class Detokenizer:
         return text
 
     def _find_stop(self) -> bool:
-        if self._made <= self._min_tokens or not self._stop:
-            return False
-        # A stop string may begin in text that is out already only if it was cut there: never,
-        # because text that could begin one is held.
+        # Text that could begin a stop string is held, so it is never looked for in `text`.
         found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if not found:
             return False

@@ -31,7 +31,7 @@ def read_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot and step and option):
             raise ConfigError(f"--set takes STEP.OPTION=VALUE, not '{change}'")
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        overrides.setdefault(step, {})[option] = dict(parsed)["value"]  # type: ignore[arg-type]
+        overrides.setdefault(step, {})[option] = dict(parsed)["value"]
     return overrides
 
 
