@@ -30,7 +30,8 @@ from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutpu
 from .runtime.sampling_params import SamplingParams
 
 OutputKind = Literal["delta", "cumulative", "final"]
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
+_IDLE_SECONDS = 0.5
 
 
 @dataclass
@@ -77,6 +78,7 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._children: dict[str, tuple[_Stream, int]] = {}
         self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
         self._dead: AutodeployError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="autodeploy", daemon=True)
@@ -142,6 +144,7 @@ class AsyncLLM:
         """Ends every stream with EngineDeadError, stops the engine and frees its memory."""
         if not self._closed:
             self._closed = True
+            self._wake.set()
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     async def __aenter__(self) -> AsyncLLM:
@@ -191,6 +194,7 @@ class AsyncLLM:
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
+        self._wake.set()
 
     # What follows runs in the background thread.
 
@@ -198,9 +202,12 @@ class AsyncLLM:
         while not self._closed and self._dead is None:
             while self._commands:
                 self._commands.popleft()()
+            if not self._children:
+                # Idle: sleep until a command comes, waking now and then to notice a death.
+                self._wake.wait(_IDLE_SECONDS)
+                self._wake.clear()
             try:
-                # Nothing is running: look for commands often, they cannot interrupt a poll.
-                events = self._executor.poll(_POLL_SECONDS if self._children else 0.002)
+                events = self._executor.poll(_POLL_SECONDS if self._children else 0.0)
             except AutodeployError as error:
                 self._die(error)
                 break

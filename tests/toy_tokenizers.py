@@ -34,9 +34,7 @@ def metaspace(vocab_size=300):
     """SentencePiece-like BPE with byte fallback: words carry their leading space."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + 256, show_progress=False,
         special_tokens=[*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))],
