@@ -170,9 +170,7 @@ class Op:
         return bound
 
 
-def register_op(
-    schema: str, *, axes: str | None = None
-) -> Callable[[Callable[..., Any]], Op]:
+def register_op(schema: str, *, axes: str | None = None) -> Callable[[Callable[..., Any]], Op]:
     """Makes an `Op` of a reference function.
 
     schema: in torch's notation; arguments that are written to are marked `Tensor(a!)`.

@@ -23,9 +23,7 @@ class PackedRunner:
 
     needs_requests = False
 
-    def __init__(
-        self, function: StepFunction, contract: Contract, weight_bytes: int = 0
-    ) -> None:
+    def __init__(self, function: StepFunction, contract: Contract, weight_bytes: int = 0) -> None:
         self.contract = contract
         self.weight_bytes = weight_bytes
         self._function = function

@@ -251,7 +251,11 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 def _stored(value: torch.Tensor) -> StoredTensor:
     plain = value.detach().cpu().contiguous()
     data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return StoredTensor(str(plain.dtype).removeprefix("torch."), list(plain.shape), data)
+    return StoredTensor(_dtype_name(plain.dtype), list(plain.shape), data)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensor(stored: StoredTensor) -> torch.Tensor:
@@ -267,12 +271,12 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "vocab_size": contract.vocab_size,
         "max_positions": contract.max_positions,
         "device": str(contract.device),
-        "dtype": str(contract.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(contract.dtype),
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
                 "members": [
-                    [m.input, m.spec.name, list(m.spec.shape), str(m.spec.dtype).removeprefix("torch.")]
+                    [m.input, m.spec.name, list(m.spec.shape), _dtype_name(m.spec.dtype)]
                     for m in g.members
                 ],
             }

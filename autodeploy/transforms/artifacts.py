@@ -27,7 +27,13 @@ def environment_key() -> str:
     """Versions and hardware an artifact depends on, and the compiler's own sources."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     capability = torch.backends.cpu.get_cpu_capability()
-    parts = (torch.__version__, importlib.metadata.version("transformers"), platform.machine(), device, capability)
+    parts = (
+        torch.__version__,
+        importlib.metadata.version("transformers"),
+        platform.machine(),
+        device,
+        capability,
+    )
     return "|".join([*parts, str(torch.get_num_threads()), _sources()])
 
 

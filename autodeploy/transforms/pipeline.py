@@ -42,7 +42,10 @@ class PipelineReport:
         rows += [(s.id, str(s.matches), str(s.nodes), f"{s.seconds:.2f}") for s in self.steps]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                c.ljust(w) if i == 0 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         )
 

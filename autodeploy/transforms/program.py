@@ -214,4 +214,6 @@ def origin(node: fx.Node) -> str:
     if not stack:
         return node.name
     path, kind = list(stack.values())[-1]
-    return f"{path.removeprefix('model.')} ({getattr(kind, '__name__', str(kind).rsplit('.', 1)[-1])})"
+    return (
+        f"{path.removeprefix('model.')} ({getattr(kind, '__name__', str(kind).rsplit('.', 1)[-1])})"
+    )

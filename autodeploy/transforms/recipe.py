@@ -135,14 +135,16 @@ def check_order(name: str, steps: Iterable[Step]) -> None:
             raise RecipeError(f"{here}; put a step that gives it before: {', '.join(givers)}")
         facts |= kind.gives
         facts -= kind.breaks
-        broken_by.update({fact: (index, step.id) for fact in kind.breaks})
+        broken_by.update(dict.fromkeys(kind.breaks, (index, step.id)))
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the nearest known key, else the list of them."""
     known = list(known)
     near = difflib.get_close_matches(key, known, 1, 0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
+    return (
+        f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 def _locate(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Path]:
@@ -177,13 +179,13 @@ def _plain(config: Any, name: str) -> dict[str, Any]:
         raise RecipeError(f"recipe '{name}' must be a mapping with the keys {', '.join(_KEYS)}")
     for key in value:
         if key not in _KEYS:
-            raise RecipeError(f"recipe '{name}' has an unknown key '{key}'{suggest(str(key), _KEYS)}")
+            raise RecipeError(
+                f"recipe '{name}' has an unknown key '{key}'{suggest(str(key), _KEYS)}"
+            )
     return {str(k): v for k, v in value.items()}
 
 
-def _resolve(
-    name: str, raw: dict[str, Any], folder: Path, seen: tuple[str, ...]
-) -> dict[str, Any]:
+def _resolve(name: str, raw: dict[str, Any], folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     if name in seen:
         raise RecipeError(f"recipe '{name}' extends itself: {' -> '.join((*seen, name))}")
     base: dict[str, Any] = {"steps": [], "imports": []}
@@ -214,10 +216,15 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
     if isinstance(entry, str):
         entry = {"transform": entry}
     if not isinstance(entry, Mapping) or "transform" not in entry:
-        raise RecipeError(f"recipe '{name}': a step is a transform's name or has a 'transform' key, not {entry!r}")
+        raise RecipeError(
+            f"recipe '{name}': a step is a transform's name or has a 'transform' key, not {entry!r}"
+        )
     for key in entry:
         if key not in _STEP_KEYS:
-            raise RecipeError(f"recipe '{name}': step '{entry['transform']}' has an unknown key '{key}'{suggest(str(key), _STEP_KEYS)}")
+            raise RecipeError(
+                f"recipe '{name}': step '{entry['transform']}' has an unknown key '{key}'"
+                f"{suggest(str(key), _STEP_KEYS)}"
+            )
     return {
         "id": str(entry.get("id", entry["transform"])),
         "transform": str(entry["transform"]),
@@ -231,7 +238,10 @@ def _insert(name: str, steps: list[dict[str, Any]], change: Any) -> None:
         raise RecipeError(f"recipe '{name}': 'insert' takes {{after: ID or before: ID, step: ...}}")
     (side,) = set(change) - {"step"}
     if side not in ("after", "before"):
-        raise RecipeError(f"recipe '{name}': 'insert' has an unknown key '{side}'{suggest(side, ('after', 'before'))}")
+        raise RecipeError(
+            f"recipe '{name}': 'insert' has an unknown key '{side}'"
+            f"{suggest(side, ('after', 'before'))}"
+        )
     at = _index(name, steps, str(change[side])) + (side == "after")
     steps.insert(at, _entry(name, change["step"]))
 
@@ -239,7 +249,9 @@ def _insert(name: str, steps: list[dict[str, Any]], change: Any) -> None:
 def _override(name: str, steps: list[dict[str, Any]], changes: Mapping[str, Any]) -> None:
     for step_id, options in changes.items():
         if not isinstance(options, Mapping):
-            raise RecipeError(f"recipe '{name}': override of '{step_id}' must be a mapping of options")
+            raise RecipeError(
+                f"recipe '{name}': override of '{step_id}' must be a mapping of options"
+            )
         entry = steps[_index(name, steps, str(step_id))]
         entry["options"] = {**entry["options"], **options}
 
@@ -255,7 +267,9 @@ def _step(name: str, index: int, entry: dict[str, Any]) -> Step:
     where = f"recipe '{name}', step {index} ('{entry['id']}')"
     kind = TRANSFORMS.get(entry["transform"])
     if kind is None:
-        raise RecipeError(f"{where}: no transform '{entry['transform']}'{suggest(entry['transform'], TRANSFORMS)}")
+        raise RecipeError(
+            f"{where}: no transform '{entry['transform']}'{suggest(entry['transform'], TRANSFORMS)}"
+        )
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for option, value in entry["options"].items():
         if option not in fields:
@@ -279,7 +293,9 @@ def _check_type(where: str, option: str, value: Any, field: dataclasses.Field[An
     if isinstance(default, float):
         expected = (int, float)
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise RecipeError(f"{where}: option '{option}' must be {expected[0].__name__}, not {value!r}")
+        raise RecipeError(
+            f"{where}: option '{option}' must be {expected[0].__name__}, not {value!r}"
+        )
 
 
 def _check_ids(name: str, steps: tuple[Step, ...]) -> None:

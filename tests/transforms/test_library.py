@@ -118,9 +118,7 @@ class TestFuseParallelLinears:
         assert step.matches == 2 * llama.config.num_hidden_layers
         assert count(program, aten.linear.default) == linears - 3 * llama.config.num_hidden_layers
         joined = program.weights["model_layers_0_self_attn_q_proj_and_k_proj_and_v_proj_weight"]
-        assert joined.pieces == tuple(
-            f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"
-        )
+        assert joined.pieces == tuple(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")
         assert joined.shape == (64 + 32 + 32, 64)
         torch.testing.assert_close(logits(program, 5, 3), expected[0])
         torch.testing.assert_close(logits(program, 1), expected[1])
@@ -129,9 +127,10 @@ class TestFuseParallelLinears:
         def body(self, x):
             layer = self.base.model.layers[0].mlp
             # The same weight twice over one input, and once over another.
-            return layer.down_proj(layer.gate_proj(x) * layer.up_proj(x)) + nn.functional.linear(
-                x * 2, layer.gate_proj.weight
-            )[..., :64]
+            return (
+                layer.down_proj(layer.gate_proj(x) * layer.up_proj(x))
+                + nn.functional.linear(x * 2, layer.gate_proj.weight)[..., :64]
+            )
 
         program = program_of(Small(body), "canonicalize")
         assert run_step(program, Step("f", TRANSFORMS["fuse_parallel_linears"]())).matches == 0
@@ -199,7 +198,7 @@ class TestLower:
 class TestLoad:
     def test_weights_that_are_used_as_they_are_stay_shared_with_a_live_model(self, llama):
         program = program_of(llama, "canonicalize", "fuse_parallel_linears", "load")
-        down = getattr(program.graph_module, "model_layers_0_mlp_down_proj_weight")
+        down = program.graph_module.model_layers_0_mlp_down_proj_weight
         assert down.data_ptr() == llama.model.layers[0].mlp.down_proj.weight.data_ptr()
         assert llama.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
 
@@ -210,7 +209,7 @@ class TestLoad:
         program = capture(wide, owned=True)
         for name in ("canonicalize", "fuse_parallel_linears", "load"):
             run_step(program, Step(name, TRANSFORMS[name]()))
-        joined = getattr(program.graph_module, "model_layers_0_mlp_gate_proj_and_up_proj_weight")
+        joined = program.graph_module.model_layers_0_mlp_gate_proj_and_up_proj_weight
         torch.testing.assert_close(joined[:512], before)
         assert not torch.equal(gate, before), "the memory is still held"
 
@@ -228,7 +227,9 @@ class TestPipeline:
         assert "# model.layers.1.self_attn" in after
 
     def test_a_step_that_finds_less_than_it_expects_fails(self, llama):
-        recipe = load_recipe({"steps": ["canonicalize", {"transform": "gather_logits", "expect": 1}]})
+        recipe = load_recipe(
+            {"steps": ["canonicalize", {"transform": "gather_logits", "expect": 1}]}
+        )
         with pytest.raises(TransformError, match="'gather_logits' expects 1 sites and found 0"):
             run_recipe(capture(llama), recipe)
 

@@ -62,10 +62,10 @@ def test_a_different_option_gives_a_different_digest():
         ({"steps": ["canonicalise"]}, "did you mean 'canonicalize'"),
         ({"steps": [{"transform": "canonicalize", "opts": {}}]}, "did you mean 'options'"),
         ({"extends": "default", "override": {"lower": {"prefers": []}}}, "did you mean 'prefer'"),
-        ({"extends": "default", "override": {"lower": {"prefer": "reference"}}}, "must be tuple|must be list"),
+        ({"extends": "default", "override": {"lower": {"prefer": "x"}}}, "must be list"),
         ({"extends": "default", "override": {"loader": {}}}, "no step 'loader'"),
         ({"extends": "default", "drop": ["caches"]}, "did you mean 'cache'"),
-        ({"extends": "default", "insert": [{"behind": "cache", "step": "canonicalize"}]}, "unknown key 'behind'"),
+        ({"extends": "default", "insert": [{"behind": "cache", "step": "x"}]}, "key 'behind'"),
         ({"extends": "default", "override": {"compile": {"backend": "tvm"}}}, "off, inductor"),
         ({"description": "nothing"}, "neither 'steps' nor 'extends'"),
         ({"steps": ["canonicalize", "canonicalize"]}, "two steps 'canonicalize'"),
@@ -79,7 +79,9 @@ def test_a_wrong_recipe_says_what_to_change(recipe, message):
 
 
 def test_a_fusion_after_the_cache_is_refused_before_any_weight_is_read():
-    with pytest.raises(RecipeError, match=r"needs FUNCTIONAL, which step 'cache' \(step 2\) breaks"):
+    with pytest.raises(
+        RecipeError, match=r"needs FUNCTIONAL, which step 'cache' \(step 2\) breaks"
+    ):
         load_recipe({"steps": ["canonicalize", "cache", "fuse_parallel_linears"]})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..op import Choice, register_op
+from ..op import register_op
 from .gates import activate, gate
 
 
@@ -37,7 +37,9 @@ def experts(
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
     another rank and adds nothing.
     """
-    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, top_k_weights.dtype), device=x.device)
+    out = torch.zeros(
+        x.shape, dtype=torch.promote_types(x.dtype, top_k_weights.dtype), device=x.device
+    )
     for expert in range(gate_up.shape[0]):
         token, choice = (top_k_index == expert).nonzero(as_tuple=True)
         hidden = _expert(

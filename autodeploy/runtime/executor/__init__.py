@@ -15,7 +15,10 @@ __all__ = [
     "start_executor",
 ]
 
-_KINDS: dict[str, type[InProcessExecutor] | type[WorkerExecutor]] = {"inprocess": InProcessExecutor, "process": WorkerExecutor}
+_KINDS: dict[str, type[InProcessExecutor] | type[WorkerExecutor]] = {
+    "inprocess": InProcessExecutor,
+    "process": WorkerExecutor,
+}
 
 
 def start_executor(kind: str, build: BuildEngine) -> Executor:

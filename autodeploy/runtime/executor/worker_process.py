@@ -40,9 +40,13 @@ def run_worker(address: str, parent: int, build: BuildEngine) -> None:
     except Exception as error:
         known = isinstance(error, AutodeployError)
         where = traceback.extract_tb(error.__traceback__)[-1]
-        message = str(error) if known else (
-            f"the engine's worker failed at {os.path.basename(where.filename)}:{where.lineno}: "
-            f"{type(error).__name__}: {error}"
+        message = (
+            str(error)
+            if known
+            else (
+                f"the engine's worker failed at {os.path.basename(where.filename)}:{where.lineno}: "
+                f"{type(error).__name__}: {error}"
+            )
         )
         died = EngineDied(message, type(error).__name__ if known else "EngineDeadError")
         socket.send(msgspec.msgpack.encode([died]))

@@ -70,7 +70,10 @@ def prove_gate(module: Any) -> dict[str, Any] | None:
                     return {"activation": name}
             return None
         expected = module._apply_gate(sample)
-        numbers = [0.0, *sorted({float(v) for v in vars(module).values() if type(v) in (int, float)})]
+        numbers = [
+            0.0,
+            *sorted({float(v) for v in vars(module).values() if type(v) in (int, float)}),
+        ]
         plain = product(ACTIVATIONS, (False, True), (0.0,), (0.0,))
         clamped = product(("silu",), (True, False), numbers, numbers)
         for name, interleaved, limit, alpha in (*plain, *clamped):

@@ -169,7 +169,7 @@ def _export(packed: Packed) -> ExportedProgram:
         return export(packed, sample, dynamic_shapes=shapes, strict=False)
     except CaptureError as error:
         raise CaptureError(f"{error}{_place(error)}") from error
-    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises is the cause
+    except Exception as error:
         raise CaptureError(f"export failed: {_first_lines(error)}{_place(error)}") from error
 
 

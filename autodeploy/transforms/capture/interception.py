@@ -6,9 +6,8 @@ that the user's model and every registry are the same objects as before.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 from types import ModuleType
@@ -86,8 +85,3 @@ def modeling_modules(model: nn.Module) -> list[ModuleType]:
         for name in names
         if name in sys.modules and not name.startswith(skipped) and name != "abc"
     ]
-
-
-def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a function's parameters, in order; decorators that keep `__wrapped__` are seen through."""
-    return tuple(inspect.signature(function).parameters)

@@ -98,6 +98,8 @@ def _agrees(function: MaskFunction, mask: Mask, length: int) -> bool:
         (query, (query // edge * edge - 1 + (near - query)).clamp(0)),
     ]
     return all(
-        torch.equal(_evaluate(function, q, k), mask.visible(q, k).expand(_evaluate(function, q, k).shape))
+        torch.equal(
+            _evaluate(function, q, k), mask.visible(q, k).expand(_evaluate(function, q, k).shape)
+        )
         for q, k in pairs
     )

@@ -66,7 +66,9 @@ def _probe_key(module: nn.Module) -> Any:
     if len(required) != 1:
         return None
     width = parameters["weight"].shape[0] if parameters else 0
-    flags = sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool) and k != "training")
+    flags = sorted(
+        (k, v) for k, v in vars(module).items() if isinstance(v, bool) and k != "training"
+    )
     return type(module), width, tuple(epsilons), tuple(flags)
 
 
@@ -86,7 +88,9 @@ def prove_rms_norm(module: nn.Module) -> dict[str, Any] | None:
             for cast in (True, False)
         ]
         for form in forms:
-            if all(_same(module, form, x.to(d), weight.to(d)) for d in (torch.float32, torch.bfloat16)):
+            if all(
+                _same(module, form, x.to(d), weight.to(d)) for d in (torch.float32, torch.bfloat16)
+            ):
                 return form
     return None
 

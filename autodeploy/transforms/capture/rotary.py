@@ -72,7 +72,7 @@ def prove_rope(function: Callable[..., Any]) -> bool | None:
             try:
                 expected = function(q, k, cos, sin)
             except (TypeError, RuntimeError, ValueError, AttributeError):
-                # Forms that rotate the whole head refuse a narrower table; that is no proof against.
+                # Forms that rotate the whole head refuse a narrower table: no proof against.
                 if width == 16:
                     return None
                 continue

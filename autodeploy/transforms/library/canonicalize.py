@@ -34,7 +34,9 @@ _IDENTITY_IF_EQUAL = frozenset(
      aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten._unsafe_view.default,
      aten.dropout.default, aten.flatten.using_ints}
 )  # fmt: skip
-_ASSERTS = frozenset({aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default})
+_ASSERTS = frozenset(
+    {aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default}
+)
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 _SCALES = frozenset({aten.mul.Tensor, aten.div.Tensor})
 _SWAPS = frozenset({aten.transpose.int})

@@ -11,7 +11,6 @@ exists twice. Covers qkv and gate-up projections, and whatever else a model puts
 from __future__ import annotations
 
 import operator
-import os.path
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -96,12 +95,7 @@ def _joined(program: Program, nodes: list[fx.Node], before: fx.Node) -> fx.Node:
 def _joined_name(names: list[str]) -> str:
     """`layers_0_q_proj_weight`, `layers_0_k_proj_weight` -> `layers_0_q_proj_and_k_proj_weight`."""
     parts = [name.split("_") for name in names]
-    head = os.path.commonprefix(parts)
-    tails = [part[len(head) :] for part in parts]
-    tail = os.path.commonprefix([t[::-1] for t in tails])[::-1]
-    while tail and len(tail) >= min(map(len, tails)):
-        tail = tail[1:]
-    # Keep the last shared word in front of `weight`: "q_proj" says more than "q".
-    shared = 1 if len(tail) > 1 else len(tail)
-    middles = ["_".join(t[: len(t) - shared]) for t in tails]
-    return "_".join([*head, "_and_".join(middles), *tail[len(tail) - shared :]])
+    head = next((i for i, words in enumerate(zip(*parts, strict=False)) if len({*words}) > 1), 0)
+    kind = parts[0][-1]
+    middles = ["_".join(words[head:-1]) for words in parts]
+    return "_".join([*parts[0][:head], "_and_".join(middles), kind])

@@ -67,7 +67,11 @@ def _chain_to_linear(gather: fx.Node) -> list[fx.Node] | None:
     while isinstance(node, fx.Node) and len(node.users) == 1:
         chain.append(node)
         if is_call(node, aten.linear.default):
-            return chain if len(node.args) == 2 or node.args[2] is None or isinstance(node.args[2], fx.Node) else None
+            return (
+                chain
+                if len(node.args) == 2 or node.args[2] is None or isinstance(node.args[2], fx.Node)
+                else None
+            )
         if not is_call(node, *_ROWWISE) or any(isinstance(a, fx.Node) for a in node.args[1:]):
             return None
         node = node.args[0]

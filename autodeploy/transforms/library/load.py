@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
@@ -46,5 +45,3 @@ class Load(Transform):
 
     def finish(self, program: Program) -> None:
         del program.options["weight_readers"]
-
-

@@ -43,9 +43,7 @@ def reference_logits(model: nn.Module, seed: int = 0) -> Reference:
     try:
         model.eval()
         with torch.no_grad():
-            logits = tuple(
-                model(input_ids=i[None], use_cache=False).logits[0].float() for i in ids
-            )
+            logits = tuple(model(input_ids=i[None], use_cache=False).logits[0].float() for i in ids)
     finally:
         model.train(training)
     return Reference(ids, logits)
@@ -163,6 +161,4 @@ def _step_inputs(
     for group in program.contract.token_groups:
         values[f"block_table_{group.name}"] = values["block_table"]
         values[f"slot_{group.name}"] = values["slot"]
-    return {
-        name: values[name].to(device) for name in program.inputs() if name in values
-    }
+    return {name: values[name].to(device) for name in program.inputs() if name in values}

@@ -65,7 +65,12 @@ def _kind(layer: nn.Module) -> Any:
                 yield name, value
 
     return tuple(
-        (name, type(m), tuple(settings(m)), tuple((k, p.shape) for k, p in m.named_parameters(recurse=False)))
+        (
+            name,
+            type(m),
+            tuple(settings(m)),
+            tuple((k, p.shape) for k, p in m.named_parameters(recurse=False)),
+        )
         for name, m in layer.named_modules()
     )
 
