@@ -1,6 +1,7 @@
 """The command line: results on standard output, one line for an error, complete help."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -22,6 +23,10 @@ def shared_cache(tmp_path_factory, monkeypatch):
     """One artifact cache for the file: the first deploy is cold, the others warm."""
     folder = tmp_path_factory.getbasetemp() / "cli-cache"
     monkeypatch.setenv("AUTODEPLOY_CACHE", str(folder))
+    # The command sets up the logger of the process; other tests have their own.
+    logger = logging.getLogger("autodeploy")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
 
 
 def all_parsers(root=None, path=()):

@@ -76,11 +76,12 @@ def prove_rope(function: Callable[..., Any]) -> bool | None:
                 if width == 16:
                     return None
                 continue
-            matching = {
-                form for form in matching
-                if all(
-                    torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-                    for a, b in zip(rope(q, k, cos, sin, form), expected, strict=True)
-                )
-            }  # fmt: skip
+            matching = {form for form in matching if _same(rope(q, k, cos, sin, form), expected)}
     return matching.pop() if len(matching) == 1 else None
+
+
+def _same(found: tuple[torch.Tensor, ...], expected: Any) -> bool:
+    return len(expected) == len(found) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(found, expected, strict=True)
+    )

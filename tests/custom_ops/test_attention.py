@@ -1,0 +1,194 @@
+"""Attention: the reference against dense masked math, the paged form and every implementation
+against the reference: ragged prefill, chunks, decode and mixed batches over shuffled pages."""
+
+import itertools
+
+import pytest
+import torch
+
+from autodeploy.custom_ops.attention import attention, paged_attention
+from autodeploy.custom_ops.op import Choice
+
+FEATURES = {
+    "plain": {},
+    "window": {"window": 5},
+    "window of one": {"window": 1},
+    "chunk": {"chunk": 4},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi_slopes": True},
+    "everything": {"window": 6, "softcap": 5.0, "sinks": True, "alibi_slopes": True},
+}
+SHAPES = {"one group": (4, 4, 16, 16), "three groups": (6, 2, 16, 16), "wide values": (4, 2, 24, 8)}
+
+
+def options(feature, heads, generator):
+    chosen = dict(FEATURES[feature])
+    for name in ("sinks", "alibi_slopes"):
+        if name in chosen:
+            chosen[name] = torch.randn(heads, generator=generator)
+    return chosen
+
+
+def tensors(total, shape, generator, dtype=torch.float32):
+    heads, kv_heads, width, value_width = shape
+    return [
+        torch.randn(total, h, d, generator=generator).to(dtype)
+        for h, d in ((heads, width), (kv_heads, width), (kv_heads, value_width))
+    ]
+
+
+def dense(q, k, v, scale, window=0, chunk=0, softcap=0.0, sinks=None, alibi_slopes=None):
+    """One sequence, head by head and query by query: as the definition reads."""
+    out = torch.zeros(len(q), q.shape[1], v.shape[2])
+    groups = q.shape[1] // k.shape[1]
+    for i, head in itertools.product(range(len(q)), range(q.shape[1])):
+        scores, values = [], []
+        for j in range(i + 1):
+            if (window and j <= i - window) or (chunk and j // chunk != i // chunk):
+                continue
+            score = scale * (q[i, head].float() @ k[j, head // groups].float())
+            if softcap:
+                score = softcap * torch.tanh(score / softcap)
+            if alibi_slopes is not None:
+                score = score + alibi_slopes[head] * (j - i)
+            scores.append(score)
+            values.append(v[j, head // groups].float())
+        total = torch.stack(scores).exp()
+        extra = sinks[head].exp() if sinks is not None else 0.0
+        out[i, head] = (total[:, None] * torch.stack(values)).sum(0) / (total.sum() + extra)
+    return out
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_is_the_definition(feature, shape):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = tensors(13, SHAPES[shape], generator)
+    chosen = options(feature, q.shape[1], generator)
+    cu_q = torch.tensor([0, 9, 9, 13], dtype=torch.int32)  # one sequence is empty
+    found = attention(q, k, v, cu_q, 0.3, **chosen)
+    for a, b in ((0, 9), (9, 13)):
+        torch.testing.assert_close(found[a:b], dense(q[a:b], k[a:b], v[a:b], 0.3, **chosen))
+
+
+def test_bidirectional_attention_sees_later_tokens():
+    q, k, v = tensors(6, (2, 2, 8, 8), torch.Generator().manual_seed(0))
+    found = attention(q, k, v, torch.tensor([0, 6]), 0.5, causal=False)
+    heads_first = [t.transpose(0, 1) for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=0.5)
+    torch.testing.assert_close(found, expected.transpose(0, 1))
+
+
+class Pages:
+    """Paged caches full of NaN, with each sequence's pages shuffled and its table padded."""
+
+    def __init__(self, lengths, page_size, k, v, generator):
+        self.page_size = page_size
+        counts = [-(-n // page_size) for n in lengths]
+        order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+        self.tables = [[order.pop() for _ in range(n)] for n in counts]
+        pages = sum(counts) + 1
+        self.k = torch.full((pages, page_size, *k.shape[1:]), float("nan"), dtype=k.dtype)
+        self.v = torch.full((pages, page_size, *v.shape[1:]), float("nan"), dtype=v.dtype)
+
+    def table(self):
+        width = max(map(len, self.tables)) + 1
+        return torch.tensor([t + [0] * (width - len(t)) for t in self.tables], dtype=torch.int32)
+
+    def slots(self, sequence, start, end):
+        return [
+            self.tables[sequence][p // self.page_size] * self.page_size + p % self.page_size
+            for p in range(start, end)
+        ]
+
+
+def run_in_chunks(function, q, k, v, lengths, schedule, page_size, chosen, generator):
+    """Feeds every sequence in the pieces of `schedule`; returns outputs in order of tokens."""
+    pages = Pages(lengths, page_size, k, v, generator)
+    starts = [0, *itertools.accumulate(lengths)]
+    out = torch.empty(len(q), q.shape[1], v.shape[2], dtype=q.dtype)
+    done = [0] * len(lengths)
+    for counts in schedule:
+        rows = [
+            list(range(starts[s] + done[s], starts[s] + done[s] + n)) for s, n in enumerate(counts)
+        ]
+        flat = [r for part in rows for r in part]
+        slots = [x for s, n in enumerate(counts) for x in pages.slots(s, done[s], done[s] + n)]
+        done = [d + n for d, n in zip(done, counts, strict=True)]
+        out[flat] = function(
+            q[flat], k[flat], v[flat], pages.k, pages.v,
+            torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            torch.tensor(done, dtype=torch.int32), pages.table(),
+            torch.tensor(slots, dtype=torch.int64), 0.3,
+            chosen.get("window", 0), chosen.get("chunk", 0), chosen.get("softcap", 0.0),
+            chosen.get("sinks"), chosen.get("alibi_slopes"),
+        )  # fmt: skip
+    assert done == lengths
+    return out
+
+
+def implementations():
+    fake = torch.empty(1, 4, 16)
+    arguments = dict.fromkeys(paged_attention.arguments) | {
+        "q": fake, "k": fake, "v": fake, "k_cache": fake[None], "v_cache": fake[None],
+        "window": 0, "chunk": 0, "softcap": 0.0,
+    }  # fmt: skip
+    choice = Choice(torch.device("cpu"), arguments)
+    named = [i.name for i in paged_attention.implementations if i.when(choice)]
+    return ["reference", *named]
+
+
+SCHEDULES = {
+    "prefill": [(17, 9, 1)],
+    "chunks": [(7, 7, 1), (7, 2, 0), (3, 0, 0)],
+    "decode": [(15, 8, 0), (1, 0, 1), (1, 1, 0)],
+}
+
+
+@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_pages_give_what_whole_sequences_give(name, feature, shape, page_size):
+    function = paged_attention.implementation(name).function
+    generator = torch.Generator().manual_seed(1)
+    lengths = [17, 9, 1]
+    q, k, v = tensors(sum(lengths), SHAPES[shape], generator)
+    chosen = options(feature, q.shape[1], generator)
+    cu_q = torch.tensor([0, 17, 26, 27], dtype=torch.int32)
+    expected = attention(q, k, v, cu_q, 0.3, **chosen)
+    for schedule in SCHEDULES.values():
+        found = run_in_chunks(function, q, k, v, lengths, schedule, page_size, chosen, generator)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", implementations())
+def test_bfloat16_and_strided_inputs(name):
+    function = paged_attention.implementation(name).function
+    generator = torch.Generator().manual_seed(2)
+    lengths = [30, 3]
+    packed = torch.randn(33, (6 + 2 + 2) * 16, generator=generator).bfloat16()
+    q, k, v = (t.unflatten(-1, (-1, 16)) for t in packed.split([96, 32, 32], -1))
+    assert not q.is_contiguous()
+    cu_q = torch.tensor([0, 30, 33], dtype=torch.int32)
+    expected = attention(q.float(), k.float(), v.float(), cu_q, 0.3)
+    found = run_in_chunks(function, q, k, v, lengths, [(29, 2), (1, 1)], 4, {}, generator)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_shape_rules_hold_for_any_number_of_tokens():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, cu_q):
+            return attention(q, k, v, cu_q, 0.5)
+
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    q, k, v = tensors(7, (4, 2, 16, 8), torch.Generator().manual_seed(0))
+    cu_q = torch.tensor([0, 7], dtype=torch.int32)
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, None)
+    exported = torch.export.export(Model(), (q, k, v, cu_q), dynamic_shapes=shapes).module()
+    for total in (1, 30):
+        args = tensors(total, (4, 2, 16, 8), torch.Generator().manual_seed(1))
+        cu_q = torch.tensor([0, total], dtype=torch.int32)
+        torch.testing.assert_close(exported(*args, cu_q), attention(*args, cu_q, 0.5))
