@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -28,16 +28,24 @@ class ActiveRequest:
         defaults: GenerationDefaults,
         *,
         seed: int,
+        engine_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> None:
+        """`engine_id`: the engine's name for it, if it must differ from `request_id`.
+
+        Raises:
+            SamplingParamsError: `params` need a tokenizer and there is none.
+        """
         self.request_id = request_id
         self.params = params
         self._tokenizer = tokenizer
+        _require_tokenizer(params, tokenizer)
         _fill_bad_words(params, tokenizer)
+        engine_id = request_id if engine_id is None else engine_id
         self.engine_requests = [
             EngineRequest(
-                request_id=request_id if params.n == 1 else f"{request_id}:{index}",
+                request_id=engine_id if params.n == 1 else f"{engine_id}:{index}",
                 prompt_token_ids=prompt.token_ids,
                 params=params,
                 eos_token_ids=list(defaults.eos_token_ids),
@@ -66,7 +74,8 @@ class ActiveRequest:
             )
             for _ in range(params.n)
         ]
-        self._streamed = [(0, 0) for _ in range(params.n)]
+        # Of each sequence: tokens and characters given out, and whether its end was.
+        self._streamed = [(0, 0, False) for _ in range(params.n)]
 
     @property
     def finished(self) -> bool:
@@ -87,14 +96,23 @@ class ActiveRequest:
             completion.finish_reason = "error"
         else:
             stop = self._extend(index, completion, event)
-        if completion.finished and self._text[index].stop_reason is None:
-            completion.text = self._text[index].finish()
+        text = self._text[index]
+        if completion.finished and text.stop_reason is None:
+            completion.text = text.finish()
+            if text.stop_reason is not None:
+                completion.finish_reason, completion.stop_reason = "stop", text.stop_reason
         self.output.finished = all(c.finished for c in self.output.outputs)
         return stop
 
     def _extend(self, index: int, completion: CompletionOutput, event: TokenOutput) -> bool:
         text = self._text[index]
-        kept = text.append(event.token_ids)
+        kept = len(event.token_ids)
+        # A stop token is one of the tokens; it is text only where stop strings are, too.
+        silent = event.finish_reason == "stop" and not self.params.include_stop_str_in_output
+        spoken = event.token_ids[:-1] if silent else event.token_ids
+        count = text.append(spoken)
+        if text.stop_reason is not None:
+            kept = count
         completion.token_ids += event.token_ids[:kept]
         completion.text = text.text
         if event.logprobs is not None:
@@ -141,14 +159,22 @@ class ActiveRequest:
         self.output.finished = True
 
     def snapshot(self) -> RequestOutput:
-        """A copy of the output so far."""
-        return copy.deepcopy(self.output)
+        """A copy of the output so far; what grows is copied, what does not is shared."""
+        copies = [
+            dataclasses.replace(
+                c,
+                token_ids=list(c.token_ids),
+                logprobs=None if c.logprobs is None else list(c.logprobs),
+            )
+            for c in self.output.outputs
+        ]
+        return dataclasses.replace(self.output, outputs=copies)
 
     def delta(self) -> RequestOutput | None:
         """What is new since the last call, as a RequestOutput; None if nothing is."""
         parts = []
         for index, completion in enumerate(self.output.outputs):
-            tokens, text = self._streamed[index]
+            tokens, text, _ = self._streamed[index]
             new = CompletionOutput(
                 index,
                 completion.text[text:],
@@ -158,9 +184,9 @@ class ActiveRequest:
                 completion.finish_reason,
                 completion.stop_reason,
             )
-            before = self._streamed[index]
-            self._streamed[index] = (len(completion.token_ids), len(completion.text))
-            if self._streamed[index] != before or completion.finished:
+            now = (len(completion.token_ids), len(completion.text), completion.finished)
+            if self._streamed[index] != now:
+                self._streamed[index] = now
                 parts.append(new)
         if not parts:
             return None
@@ -176,14 +202,23 @@ class ActiveRequest:
         )
 
 
+def _require_tokenizer(params: SamplingParams, tokenizer: Any) -> None:
+    if tokenizer is not None:
+        return
+    if params.stop_strings:
+        raise errors.SamplingParamsError(
+            "stop strings need a tokenizer: pass tokenizer=... to deploy, or use stop_token_ids"
+        )
+    if params.bad_words and not params.bad_words_token_ids:
+        raise errors.SamplingParamsError(
+            "bad_words needs a tokenizer: pass tokenizer=... to deploy, or bad_words_token_ids"
+        )
+
+
 def _fill_bad_words(params: SamplingParams, tokenizer: Any) -> None:
     """Token sequences of every bad word, at the start of a text and after a space."""
     if not params.bad_words or params.bad_words_token_ids:
         return
-    if tokenizer is None:
-        raise errors.SamplingParamsError(
-            "bad_words needs a tokenizer: pass tokenizer=... to deploy, or bad_words_token_ids"
-        )
     found = []
     for word in params.bad_words:
         for text in (word, " " + word.lstrip()):

@@ -7,11 +7,13 @@ request's text happens there too; the event loop only receives finished pieces.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -22,16 +24,17 @@ from .config import DeployConfig
 from .errors import AutodeployError, EngineDeadError, InvalidRequestError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
-from .llm import resolve_tokenizer
+from .llm import resolve_tokenizer, shut_down_on_error
 from .outputs import RequestOutput
 from .prompts import check_prompt, params_for_each, read_prompts
 from .runtime.executor import Executor, dead_error
+from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput
 from .runtime.sampling_params import SamplingParams
 
 OutputKind = Literal["delta", "cumulative", "final"]
-_POLL_SECONDS = 0.02
-_IDLE_SECONDS = 0.5
+_log = logging.getLogger("autodeploy")
+_POLL_SECONDS = 10.0
 
 
 @dataclass
@@ -43,7 +46,7 @@ class _Stream:
 
     def put(self, item: RequestOutput | AutodeployError) -> None:
         # A closed loop has nobody left to tell.
-        if not self.loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
@@ -57,7 +60,9 @@ class AsyncLLM:
         config = DeployConfig.from_options(
             model, {"tokenizer": tokenizer, "recipe": recipe, **options}
         )
-        self._start(build_executor(config), resolve_tokenizer(config), config.model, config.seed)
+        executor = build_executor(config)
+        with shut_down_on_error(executor):
+            self._start(executor, resolve_tokenizer(config), config.model, config.seed)
 
     @classmethod
     def from_parts(
@@ -78,7 +83,8 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._children: dict[str, tuple[_Stream, int]] = {}
         self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
+        # Held while streams are opened or forgotten: none may slip in behind the engine's death.
+        self._lock = threading.Lock()
         self._dead: AutodeployError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="autodeploy", daemon=True)
@@ -127,24 +133,46 @@ class AsyncLLM:
                     return
         finally:
             if not stream.active.finished:
-                self._post(lambda: self._abort_now(stream.active.request_id))
+                self._post(lambda: self._abort_now(stream))
 
     def chat(
-        self, messages: Any, sampling_params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Streams the next message of one conversation, by the tokenizer's chat template."""
-        (prompt,) = chat_prompts(self.tokenizer, messages)
-        return self.generate(prompt, sampling_params, **options)
+        """Streams the next message of one conversation, by the tokenizer's chat template.
+
+        options: the keywords of `generate`.
+
+        Raises:
+            InvalidRequestError: there is no tokenizer or no chat template, or it refuses.
+        """
+        prompts = chat_prompts(
+            self.tokenizer, messages, add_generation_prompt, chat_template, chat_template_kwargs
+        )
+        if len(prompts) != 1:
+            raise InvalidRequestError(
+                f"AsyncLLM.chat takes one conversation, not {len(prompts)}; call it for each"
+            )
+        return self.generate(prompts[0], sampling_params, request_id, **options)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream ends with finish_reason 'abort'. Unknown ids are ignored."""
-        self._post(lambda: self._abort_now(request_id))
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._post(lambda: self._abort_now(stream))
 
     async def shutdown(self) -> None:
         """Ends every stream with EngineDeadError, stops the engine and frees its memory."""
         if not self._closed:
             self._closed = True
-            self._wake.set()
+            self._executor.wake()
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     async def __aenter__(self) -> AsyncLLM:
@@ -167,10 +195,7 @@ class AsyncLLM:
         priority: int,
         salt: str | None,
     ) -> _Stream:
-        if self._dead is not None:
-            raise self._dead
-        if self._closed:
-            raise EngineDeadError("this AsyncLLM was shut down; deploy the model again")
+        self._require_open()
         if kind not in ("delta", "cumulative", "final"):
             raise InvalidRequestError(
                 f"output_kind must be delta, cumulative or final, not {kind!r}"
@@ -180,54 +205,59 @@ class AsyncLLM:
             raise InvalidRequestError(f"AsyncLLM.generate takes one prompt, not {len(read)}")
         check_prompt(read[0], 0, self.vocab_size, self.max_model_len)
         (own,) = params_for_each(params, 1, self.defaults.params())
-        name = request_id if request_id is not None else f"async-{next(self._ids)}"
-        if name in self._streams:
-            raise InvalidRequestError(f"request id '{name}' is in use; give each request its own")
+        number = next(self._ids)
+        name = request_id if request_id is not None else f"async-{number}"
         active = ActiveRequest(
             name, read[0], own, self.tokenizer, self.defaults,
+            # The engine may still report the end of an earlier request of the same name.
+            engine_id=f"{number}/{name}",
             seed=self._seeds.getrandbits(63), priority=priority, cache_salt=salt,
         )  # fmt: skip
+        refuse_unknown_tokens(own, self.vocab_size)
         stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())
-        self._streams[name] = stream
-        self._post(lambda: self._submit_now(stream))
+        with self._lock:
+            self._require_open()
+            if name in self._streams:
+                raise InvalidRequestError(
+                    f"request id '{name}' is in use; give each request its own"
+                )
+            self._streams[name] = stream
+            self._post(lambda: self._submit_now(stream))
         return stream
+
+    def _require_open(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if self._closed:
+            raise _shut_down()
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        self._wake.set()
+        self._executor.wake()
 
     # What follows runs in the background thread.
 
     def _serve(self) -> None:
-        while not self._closed and self._dead is None:
-            while self._commands:
-                self._commands.popleft()()
-            if not self._children:
-                # Idle: sleep until a command comes, waking now and then to notice a death.
-                self._wake.wait(_IDLE_SECONDS)
-                self._wake.clear()
-            try:
-                events = self._executor.poll(_POLL_SECONDS if self._children else 0.0)
-            except AutodeployError as error:
-                self._die(error)
-                break
-            self._take(events)
-        if self._dead is None:
-            self._die(EngineDeadError("this AsyncLLM was shut down; deploy the model again"))
+        try:
+            while not self._closed and self._dead is None:
+                while self._commands:
+                    self._commands.popleft()()
+                self._take(self._executor.poll(_POLL_SECONDS))
+            self._die(self._dead or _shut_down())
+        except AutodeployError as error:
+            self._die(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, every stream must hear of it
+            _log.debug("the thread that serves the streams failed", exc_info=error)
+            self._die(EngineDeadError(f"serving failed: {type(error).__name__}: {error}"))
         self._executor.shutdown()
 
     def _submit_now(self, stream: _Stream) -> None:
         for index, request in enumerate(stream.active.engine_requests):
             self._children[request.request_id] = (stream, index)
-            try:
-                self._executor.submit(request)
-            except AutodeployError as error:
-                self._end_with(stream, error)
-                return
+            self._executor.submit(request)
 
-    def _abort_now(self, request_id: str) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
+    def _abort_now(self, stream: _Stream) -> None:
+        if not stream.active.finished:
             self._executor.abort([r.request_id for r in stream.active.engine_requests])
 
     def _take(self, events: list[Any]) -> None:
@@ -255,30 +285,39 @@ class AsyncLLM:
     def _publish(self, stream: _Stream) -> None:
         active = stream.active
         if active.output.error is not None:
+            # Its other sequences have nobody to go to.
+            self._executor.abort([r.request_id for r in active.engine_requests])
             self._end_with(stream, active.output.error)
             return
+        if active.finished:
+            # Before its reader knows: the name is free for the reader's next request.
+            self._forget(stream)
         if stream.kind == "delta":
             delta = active.delta()
             if delta is not None:
                 stream.put(delta)
         elif stream.kind == "cumulative" or active.finished:
             stream.put(active.snapshot())
-        if active.finished:
-            self._forget(stream)
 
     def _end_with(self, stream: _Stream, error: AutodeployError) -> None:
         stream.active.end_all(error)
-        stream.put(error)
         self._forget(stream)
+        stream.put(error)
 
     def _forget(self, stream: _Stream) -> None:
-        self._streams.pop(stream.active.request_id, None)
+        with self._lock:
+            self._streams.pop(stream.active.request_id, None)
         for request in stream.active.engine_requests:
             self._children.pop(request.request_id, None)
 
     def _die(self, error: AutodeployError) -> None:
-        self._dead = error
-        while self._commands:
-            self._commands.popleft()
-        for stream in list(self._streams.values()):
+        with self._lock:
+            self._dead = error
+            self._commands.clear()
+            streams = list(self._streams.values())
+        for stream in streams:
             self._end_with(stream, error)
+
+
+def _shut_down() -> EngineDeadError:
+    return EngineDeadError("this AsyncLLM was shut down; deploy the model again")

@@ -12,6 +12,9 @@ from typing import Any
 
 # Tokens of the prompt that are decoded together with the first new ones.
 _CONTEXT = 6
+# A character spans a few tokens at most. Bytes that make none after this many are given out as
+# they are, and tokens that make no text (skipped ones) are dropped: the window stays small.
+_PATIENCE = 32
 
 
 class Detokenizer:
@@ -77,8 +80,13 @@ class Detokenizer:
         """Text of the tokens since `_done`, if it is whole; empty while a character is open."""
         before = self._decode(self._tokens[self._start : self._done])
         after = self._decode(self._tokens[self._start :])
-        if not final and (after.endswith("�") or len(after) <= len(before)):
-            return ""
+        silent = len(after) <= len(before)
+        if not final and (silent or after.endswith("�")):
+            if len(self._tokens) - self._done < _PATIENCE:
+                return ""
+            if silent:
+                del self._tokens[self._done :]
+                return ""
         self._start, self._done = self._done, len(self._tokens)
         return after[len(before) :]
 
@@ -99,10 +107,11 @@ class Detokenizer:
 
     def _find_stop(self) -> bool:
         # Text that could begin a stop string is held, so it is never looked for in `text`.
-        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if not found:
             return False
-        at, stop = min(found)
+        # The first to be complete, as if the text had come character by character.
+        _, at, stop = min(found)
         self.text += self._held[: at + (len(stop) if self._include_stop else 0)]
         self._held = ""
         self.stop_reason = stop

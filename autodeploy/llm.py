@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +18,14 @@ from .beam_search import BeamSearchOutput, BeamSearchParams, search
 from .chat import chat_prompts
 from .checkpoint import load_tokenizer
 from .config import DeployConfig
-from .errors import AutodeployError, EngineDeadError
+from .errors import AutodeployError, ConfigError, EngineDeadError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
 from .outputs import RequestOutput
 from .progress import progress_bar
-from .prompts import check_prompt, params_for_each, read_prompts
+from .prompts import check_prompt, params_for_each, read_prompts, refusals_name_prompt
 from .runtime.executor import Executor, dead_error
+from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput
 from .runtime.sampling_params import SamplingParams
 
@@ -48,7 +51,9 @@ class LLM:
         config = DeployConfig.from_options(
             model, {"tokenizer": tokenizer, "recipe": recipe, **options}
         )
-        self._start(build_executor(config), resolve_tokenizer(config), config.model, config.seed)
+        executor = build_executor(config)
+        with shut_down_on_error(executor):
+            self._start(executor, resolve_tokenizer(config), config.model, config.seed)
 
     @classmethod
     def from_parts(
@@ -66,6 +71,8 @@ class LLM:
         self.defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
+        # Events go to whoever polls, so calls from several threads take turns.
+        self._turn = threading.Lock()
         self.stats = EngineStats()
         """Counters of the engine, as of the last step reported."""
 
@@ -96,7 +103,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Generates for every prompt; returns outputs in the order of the prompts.
@@ -104,6 +111,7 @@ class LLM:
         prompts: text, token ids, a dict with `prompt` or `prompt_token_ids`, or a list of those.
         sampling_params: one for all, or one per prompt; None takes the checkpoint's defaults.
         use_tqdm: a progress bar, if standard error is a terminal.
+        priority: lower runs first, one for all or one per prompt; None is 0.
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served; none was submitted.
@@ -149,6 +157,8 @@ class LLM:
         prefix cache, so recurrent models, which have none, compute each beam again every step.
         """
         self._require_open()
+        if not isinstance(params, BeamSearchParams):
+            raise ConfigError(f"beam_search takes BeamSearchParams, not {type(params).__name__}")
         read = read_prompts(prompts, self.tokenizer)
         for index, prompt in enumerate(read):
             check_prompt(prompt, index, self.vocab_size, self.max_model_len)
@@ -180,22 +190,29 @@ class LLM:
             raise EngineDeadError("this LLM was shut down; deploy the model again")
 
     def _prepare(
-        self, prompts: Any, params: Any, priority: int | Sequence[int], salt: str | None
+        self, prompts: Any, params: Any, priority: int | Sequence[int] | None, salt: str | None
     ) -> list[ActiveRequest]:
         read = read_prompts(prompts, self.tokenizer)
         for index, prompt in enumerate(read):
             check_prompt(prompt, index, self.vocab_size, self.max_model_len)
         each = params_for_each(params, len(read), self.defaults.params())
-        priorities = [priority] * len(read) if isinstance(priority, int) else list(priority)
-        return [
-            ActiveRequest(
-                str(next(self._ids)), prompt, own, self.tokenizer, self.defaults,
-                seed=self._seeds.getrandbits(63), priority=p, cache_salt=salt,
-            )
-            for prompt, own, p in zip(read, each, priorities, strict=True)
-        ]  # fmt: skip
+        priorities = _priority_of_each(priority, len(read))
+        active = []
+        for index, (prompt, own) in enumerate(zip(read, each, strict=True)):
+            with refusals_name_prompt(index):
+                request = ActiveRequest(
+                    str(next(self._ids)), prompt, own, self.tokenizer, self.defaults,
+                    seed=self._seeds.getrandbits(63), priority=priorities[index], cache_salt=salt,
+                )  # fmt: skip
+                refuse_unknown_tokens(own, self.vocab_size)
+            active.append(request)
+        return active
 
     def _run(self, active: Sequence[ActiveRequest], show_progress: bool) -> None:
+        with self._turn:
+            self._run_alone(active, show_progress)
+
+    def _run_alone(self, active: Sequence[ActiveRequest], show_progress: bool) -> None:
         children = {
             request.request_id: (owner, index)
             for owner in active
@@ -210,9 +227,9 @@ class LLM:
             with progress_bar(len(active), show_progress) as progress:
                 self._poll_until_done(active, children, progress)
         except BaseException as error:
-            # Ctrl-C, or a request refused late: nothing of this call stays behind.
+            # Ctrl-C, for one: nothing of this call stays behind.
             if not isinstance(error, EngineDeadError):
-                self._abort(submitted)
+                self._executor.abort(submitted)
             raise
 
     def _poll_until_done(
@@ -252,9 +269,26 @@ class LLM:
                 owner.end_all(error)
         return error
 
-    def _abort(self, request_ids: Sequence[str]) -> None:
-        """Aborts and waits until the engine has let go, so that the next call starts clean."""
-        self._executor.abort(request_ids)
+
+def _priority_of_each(priority: int | Sequence[int] | None, count: int) -> list[int]:
+    if priority is None or isinstance(priority, int):
+        return [priority or 0] * count
+    each = list(priority)
+    if len(each) != count or not all(isinstance(p, int) for p in each):
+        raise ConfigError(
+            f"priority must be an integer, or one for each of {count} prompts, not {each!r:.60}"
+        )
+    return each
+
+
+@contextmanager
+def shut_down_on_error(executor: Executor) -> Iterator[None]:
+    """Stops an engine that nobody would be left to stop."""
+    try:
+        yield
+    except BaseException:
+        executor.shutdown()
+        raise
 
 
 def resolve_tokenizer(config: DeployConfig) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +38,15 @@ def read_prompts(prompts: Any, tokenizer: Any) -> list[Prompt]:
 def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
     if not isinstance(prompts, Sequence):
         raise InvalidRequestError(
             "prompts must be text, token ids, a dict or a list of those, not "
             f"{type(prompts).__name__}"
         )
     # A list of integers is one prompt of token ids.
-    if prompts and all(type(p) is int for p in prompts):
+    if prompts and all(_is_integer(p) for p in prompts):
         return [list(prompts)]
     return list(prompts)
 
@@ -64,15 +68,41 @@ def _read(prompt: Any, index: int, tokenizer: Any) -> Prompt:
                 f"prompt {index} is text, but there is no tokenizer: pass tokenizer=... to deploy, "
                 "or give token ids"
             )
-        return Prompt(prompt, list(tokenizer(prompt)["input_ids"]))
+        try:
+            return Prompt(prompt, list(tokenizer(prompt)["input_ids"]))
+        except (TypeError, UnicodeError) as error:
+            # Half of a surrogate pair is a Python string but no Unicode text.
+            raise InvalidRequestError(
+                f"prompt {index} cannot be tokenized, it is not valid Unicode: {error}"
+            ) from error
     return Prompt(None, _token_ids(prompt, index))
 
 
 def _token_ids(value: Any, index: int) -> list[int]:
     ids = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(ids, (list, tuple)) or any(type(i) is not int for i in ids):
-        raise InvalidRequestError(f"prompt {index}: token ids must be a flat list of integers")
-    return list(ids)
+    if not isinstance(ids, (list, tuple)) or not all(_is_integer(i) for i in ids):
+        shown = f"{ids!r:.60}"
+        raise InvalidRequestError(
+            f"prompt {index} is neither text nor a flat list of integers, but {shown}"
+        )
+    return [operator.index(i) for i in ids]
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and not _is_array(value)
+
+
+def _is_array(value: Any) -> bool:
+    return len(getattr(value, "shape", ())) > 0
+
+
+@contextmanager
+def refusals_name_prompt(index: int) -> Iterator[None]:
+    """Puts the number of the prompt before the message of what refuses it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise type(error)(f"prompt {index}: {error}") from error
 
 
 def check_prompt(prompt: Prompt, index: int, vocab_size: int, max_model_len: int) -> None:

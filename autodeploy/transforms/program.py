@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autodeploy.custom_ops.contract import CacheInput, Contract
@@ -158,10 +159,17 @@ class Program:
         for key in ("nn_module_stack", "stack_trace"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode:
-            node.meta["val"] = target(*values[0], **values[1])
+        self.infer(node)
         return node
+
+    def infer(self, node: fx.Node) -> None:
+        """Works out a call's value from those of its arguments."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
+        # Without the Python dispatcher torch 2.11 decomposes some ops, linear among them, in C++,
+        # where symbolic sizes have no number.
+        with self.fake_mode, enable_python_dispatcher():
+            node.meta["val"] = target(*args, **kwargs)
 
     def remove_unused(self) -> None:
         """Drops dead nodes, and the weights that only they read."""

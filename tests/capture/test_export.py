@@ -117,7 +117,7 @@ def test_a_graph_that_holds_only_for_some_lengths_is_refused():
         ("L['input_ids'].size()[1] == L['position_ids'].size()[1]", True),
         ("input_ids.size()[1] <= 64", False),
         ("input_ids.size()[1] % 8 == 0", False),
-        ("input_ids.size()[1] == 22", False),
+        ("input_ids.size()[1] == 74", False),
         ("input_ids.size()[1] + 1 == position_ids.size()[1]", False),
     ],
 )

@@ -118,7 +118,7 @@ async def test_abort_ends_the_stream_with_its_reason(engine):
 
 
 async def test_bad_requests_are_refused_and_the_others_go_on(engine):
-    running = asyncio.create_task(collect(engine.generate("the", GREEDY, "taken")))
+    running = asyncio.create_task(collect(engine.generate("the", LONG, "taken")))
     await until(lambda: engine.open_requests == 1)
     for prompt, error in ((None, InvalidRequestError), ([], InvalidRequestError)):
         with pytest.raises(error):

@@ -1,6 +1,7 @@
 """Attention: the functional form capture records, and the paged form that serves."""
 
 from . import native_cpu as _native_cpu  # noqa: F401 - registers the implementation
+from . import torch_cpu as _torch_cpu  # noqa: F401 - registers the implementation
 from .attention import attention
 from .paged_attention import paged_attention
 

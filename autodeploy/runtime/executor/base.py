@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ... import errors
 from ..engine import EngineCore
-from ..messages import EngineDied, EngineEvent, EngineReady, EngineRequest
+from ..messages import EngineDied, EngineEvent, EngineReady, EngineRequest, RequestFailed
 
 BuildEngine = Callable[[], EngineCore]
 
@@ -18,11 +18,9 @@ class Executor(Protocol):
     ready: EngineReady
 
     def submit(self, request: EngineRequest) -> None:
-        """Queues a request.
+        """Queues a request; one that cannot be served becomes a `RequestFailed` event.
 
         Raises:
-            InvalidRequestError: it cannot be served; nothing has changed. A worker reports it as
-                a `RequestFailed` event instead.
             EngineDeadError: the engine is gone.
         """
 
@@ -33,7 +31,13 @@ class Executor(Protocol):
         """Events since the last call, waiting up to `timeout` seconds for the first.
 
         After the engine's death: one `EngineDied`, again at every call.
+
+        Raises:
+            EngineDeadError: after `shutdown`.
         """
+
+    def wake(self) -> None:
+        """Makes a `poll` that waits, or else the next one, return without waiting."""
 
     def shutdown(self) -> None:
         """Stops the engine and frees everything; may be called again."""
@@ -43,3 +47,10 @@ def dead_error(died: EngineDied) -> errors.AutodeployError:
     """The exception that an `EngineDied` event stands for."""
     kind = getattr(errors, died.error, errors.EngineDeadError)
     return kind(died.message)
+
+
+def refusal(request: EngineRequest, error: errors.InvalidRequestError) -> RequestFailed:
+    """The event that an engine's refusal of a request becomes."""
+    return RequestFailed(
+        request_id=request.request_id, error=type(error).__name__, message=str(error)
+    )

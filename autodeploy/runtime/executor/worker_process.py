@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -18,49 +23,60 @@ from ..messages import (
     EngineReady,
     EngineRequest,
     FromFront,
-    RequestFailed,
     Shutdown,
 )
-from .base import BuildEngine
+from .base import BuildEngine, refusal
 
-_IDLE_MILLISECONDS = 500
 _STATS_EVERY_STEPS = 16
 
 
-def run_worker(address: str, parent: int, build: BuildEngine) -> None:
-    """Entry point of the process. `parent`: when this process is gone, the worker ends too."""
+def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
+    """Entry point of the process; it ends when told to, and with its parent.
+
+    log_level: of the parent's logger `autodeploy`.
+    """
+    # Ctrl-C in a terminal reaches this process too; what it means is for the front to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    if log_level < logging.WARNING:
+        logging.basicConfig(format="%(name)s worker: %(message)s")
+        logging.getLogger("autodeploy").setLevel(log_level)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    for option, value in ((zmq.LINGER, 1000), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
+        socket.setsockopt(option, value)
     socket.connect(address)
     try:
-        _Worker(socket, parent, build()).run()
+        _Worker(socket, build()).run()
     except Exception as error:
-        known = isinstance(error, AutodeployError)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            str(error)
-            if known
-            else (
-                f"the engine's worker failed at {os.path.basename(where.filename)}:{where.lineno}: "
-                f"{type(error).__name__}: {error}"
-            )
-        )
-        died = EngineDied(message, type(error).__name__ if known else "EngineDeadError")
-        socket.send(msgspec.msgpack.encode([died]))
-        traceback.print_exc()
+        socket.send(msgspec.msgpack.encode([_last_words(error)]))
+        if not isinstance(error, AutodeployError):
+            traceback.print_exc()
         raise SystemExit(1) from error
     finally:
         socket.close()
         context.term()
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    # Nobody is left to talk to; a step in progress must not keep the process.
+    os._exit(1)
+
+
+def _last_words(error: Exception) -> EngineDied:
+    if isinstance(error, AutodeployError):
+        return EngineDied(str(error), type(error).__name__)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return EngineDied(f"the engine's worker failed at {where}: {type(error).__name__}: {error}")
+
+
 class _Worker:
-    def __init__(self, socket: zmq.Socket[bytes], parent: int, engine: EngineCore) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineCore) -> None:
         self._socket = socket
-        self._parent = parent
         self._engine = engine
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromFront)
@@ -68,18 +84,17 @@ class _Worker:
 
     def run(self) -> None:
         engine = self._engine
-        self._send(
-            [
-                EngineReady(
-                    vocab_size=engine.vocab_size,
-                    max_model_len=engine.max_model_len,
-                    summary=engine.summary,
-                )
-            ]
+        ready = EngineReady(
+            vocab_size=engine.vocab_size,
+            max_model_len=engine.max_model_len,
+            summary=engine.summary,
         )
+        self._send([ready])
         steps = 0
-        while self._running and os.getppid() == self._parent:
-            self._take_messages(0 if engine.has_work else _IDLE_MILLISECONDS)
+        while True:
+            self._take_messages(wait=not engine.has_work)
+            if not self._running:
+                break
             if not engine.has_work:
                 continue
             events: list[EngineEvent] = list(engine.step())
@@ -90,8 +105,9 @@ class _Worker:
                 self._send(events)
         engine.close()
 
-    def _take_messages(self, wait_milliseconds: int) -> None:
-        if not self._socket.poll(wait_milliseconds):
+    def _take_messages(self, wait: bool) -> None:
+        """Acts on all messages that have come; without work, sleeps until one comes."""
+        if not self._socket.poll(None if wait else 0):
             return
         while True:
             try:
@@ -109,10 +125,7 @@ class _Worker:
         try:
             self._engine.add(request)
         except InvalidRequestError as error:
-            failed = RequestFailed(
-                request_id=request.request_id, error=type(error).__name__, message=str(error)
-            )
-            self._send([failed])
+            self._send([refusal(request, error)])
 
     def _send(self, events: Sequence[EngineEvent]) -> None:
         self._socket.send(self._encoder.encode(events))

@@ -35,7 +35,9 @@ from .rotary import intercept_rotary
 from .sequence_functions import intercept_sequence_functions
 
 MAX_TOKENS = 1 << 20
-_SAMPLE_TOKENS = 22
+# 37 sequences of 2 tokens, 41 of which want logits: no two sizes alike (see library/cache.py).
+_SAMPLE_SEQUENCES = 37
+_SAMPLE_ROWS = 41
 _log = logging.getLogger(__name__)
 
 
@@ -151,12 +153,12 @@ def captured_state(model: nn.Module, options: CaptureOptions) -> Iterator[Interc
 def _export(packed: Packed) -> ExportedProgram:
     parameters = list(packed.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    half = _SAMPLE_TOKENS // 2
+    count = 2 * _SAMPLE_SEQUENCES
     sample = (
-        torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.int64, device=device),
-        torch.arange(half, device=device).repeat(2)[None],
-        torch.tensor([0, half, _SAMPLE_TOKENS], dtype=torch.int32, device=device),
-        torch.tensor([half - 1, _SAMPLE_TOKENS - 1, 3, 4, 5], device=device),
+        torch.zeros(1, count, dtype=torch.int64, device=device),
+        torch.arange(2, device=device).repeat(_SAMPLE_SEQUENCES)[None],
+        torch.arange(0, count + 1, 2, dtype=torch.int32, device=device),
+        torch.arange(_SAMPLE_ROWS, device=device),
     )
     tokens = Dim("tokens", min=1, max=MAX_TOKENS)
     shapes = (

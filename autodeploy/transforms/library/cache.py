@@ -34,11 +34,11 @@ from ...errors import TransformError
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
-# Sizes behind the symbols. All differ, from each other and from those of capture's sample:
-# Inductor takes symbols with equal samples for one.
-_SAMPLE_PAGES = 13
-_SAMPLE_PAGE_SIZE = 7
-_SAMPLE_WIDTH = 17
+# Sizes behind the symbols: primes that differ from each other, from those of capture's sample,
+# and from what models have as widths. Inductor takes sizes with equal samples for one.
+_SAMPLE_PAGES = 43
+_SAMPLE_PAGE_SIZE = 47
+_SAMPLE_WIDTH = 53
 
 
 @register_transform("cache")

@@ -51,9 +51,7 @@ class GatherLogits(Transform):
         gather.replace_all_uses_with(chain[0])
         program.graph.erase_node(gather)
         for node in reversed(chain):
-            values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with program.fake_mode:
-                node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+            program.infer(node)
 
 
 def _is_logit_index(node: object) -> bool:
