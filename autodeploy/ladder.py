@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import CaptureError
@@ -26,8 +27,11 @@ from .transforms.pipeline import PipelineReport, run_recipe
 from .transforms.program import Program
 from .transforms.recipe import Recipe
 from .transforms.verify import SequenceCheck, reference_logits, tolerance
+from .transforms.verify.twin import twin_of
 
 _log = logging.getLogger("autodeploy")
+
+TWIN_FROM_PARAMETERS = 200_000_000
 
 RUNGS = {
     1: "packed and cached",
@@ -81,6 +85,10 @@ def build_runner(
             check.prove(program)
     except CaptureError as error:
         return _lower_rung(model, built, str(error))
+    if verify and _wants_twin(model):
+        with built.timed("verify"):
+            verify_on_twin(model, recipe)
+        verify = False
     with built.timed("transforms"):
         built.report = run_recipe(
             program, recipe, check=check if verify else None, dump_graphs=dump_graphs
@@ -95,6 +103,26 @@ def build_runner(
         built.report.table(),
     )
     return built
+
+
+def _wants_twin(model: nn.Module) -> bool:
+    """Whether checking on the model itself would be slow, or blunt because of its dtype."""
+    exact = all(p.dtype is torch.float32 for p in model.parameters() if p.is_floating_point())
+    return not exact or sum(p.numel() for p in model.parameters()) > TWIN_FROM_PARAMETERS
+
+
+def verify_on_twin(model: nn.Module, recipe: Recipe) -> None:
+    """Runs the recipe on a small float32 model of the same class, checking after every step.
+
+    Raises:
+        VerificationError: a step changed the logits, or no twin can be made.
+    """
+    twin = twin_of(model)
+    program = capture(twin)
+    check = SequenceCheck(reference_logits(twin))
+    check.prove(program)
+    run_recipe(program, recipe, check=check)
+    _log.info("verified every step of %s on a twin of %s", recipe.name, type(model).__name__)
 
 
 def _lower_rung(model: nn.Module, built: Built, cause: str) -> Built:
