@@ -3,6 +3,7 @@
 from . import native_cpu as _native_cpu  # noqa: F401 - registers the implementation
 from . import torch_cpu as _torch_cpu  # noqa: F401 - registers the implementation
 from .attention import attention
+from .cache_mark import cache_mark
 from .paged_attention import paged_attention
 
-__all__ = ["attention", "paged_attention"]
+__all__ = ["attention", "cache_mark", "paged_attention"]

@@ -28,6 +28,7 @@ from ...errors import CaptureError, UnsupportedModelError
 from ..program import Fact, Program, Weight, WeightSource
 from .attention import intercept_attention
 from .boundaries import boundaries
+from .cache_marker import MarkerCache
 from .experts import intercept_experts
 from .interception import Interception, interception
 from .norms import intercept_norms
@@ -48,14 +49,17 @@ class CaptureOptions:
     norms: bool = True
     rotary: bool = True
     experts: bool = True
+    cache_marker: bool = False
+    """Leave a `cache_mark` node where each attention layer would update the model's own cache."""
 
 
 class Packed(nn.Module):
     """A model as a function of packed tokens and their boundaries."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache_marker: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.cache_marker = cache_marker
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
 
     def forward(
@@ -66,6 +70,8 @@ class Packed(nn.Module):
         logit_index: torch.Tensor,
     ) -> torch.Tensor:
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if self.cache_marker:
+            arguments |= {"use_cache": True, "past_key_values": MarkerCache()}
         if "position_ids" in self.accepted:
             arguments["position_ids"] = position_ids
         if "logits_to_keep" in self.accepted:
@@ -88,11 +94,12 @@ def capture(
         CaptureError: it cannot be captured exactly; the message names the cause.
     """
     check_causal(model)
-    with captured_state(model, options or CaptureOptions()), warnings.catch_warnings():
+    options = options or CaptureOptions()
+    with captured_state(model, options), warnings.catch_warnings():
         # torch's own pytree warns about itself, and about state that is put back on exit.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        exported = _export(Packed(model))
+        exported = _export(Packed(model, options.cache_marker))
     _check_guards(exported)
     return _to_program(exported.run_decompositions({}), model, owned)
 

@@ -13,12 +13,15 @@ Measured on Llama: 0 of 17 RMS norms match before, 17 of 17 after.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+
+from autodeploy.custom_ops.attention import cache_mark
 
 from ..program import Fact, Program, has_effect
 from ..transform import Site, Transform, is_call, register_transform
@@ -75,6 +78,8 @@ class Canonicalize(Transform):
 
 def _replacement(node: fx.Node) -> fx.Node | None:
     """The node whose value `node` repeats, if any."""
+    if is_call(node, operator.getitem) and is_call(node.args[0], cache_mark.overload):
+        return node.args[0].args[node.args[1]]  # type: ignore[union-attr, index, return-value]
     if not is_call(node, *_IDENTITY, *_IDENTITY_IF_EQUAL, *_SWAPS, *_SCALES):
         return None
     source = node.args[0]
