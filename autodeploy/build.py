@@ -1,7 +1,8 @@
 """From a config to a running engine, in one direction: model -> graph -> plan -> step -> token.
 
-A checkpoint that was deployed before starts from the program kept then, without transformers'
-model classes, torch.export, or anything else that only making a program needs.
+The program of a checkpoint is made in a process of its own and kept, so that the one that serves
+holds neither transformers' model classes nor torch.export, nor anything else that only making a
+program needs, and so that the next start finds it made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.scheduler import SchedulerConfig
@@ -44,11 +46,17 @@ def build_engine(config: DeployConfig) -> EngineCore:
 
 
 def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, str]]:
+    started = time.perf_counter()
     kept = KeptProgram.of(config, recipe)
+    start = "warm"
+    if kept is not None and not kept.exists and not kept.refused:
+        start = "cold"
+        why = compile_in_child(config, recipe)
+        if why is not None:
+            kept.refuse(why)
     if kept is not None and kept.exists:
-        started = time.perf_counter()
         runner, facts = kept.restore()
-        return runner, {**facts, "start": f"warm, {time.perf_counter() - started:.2f} s"}
+        return runner, {**facts, "start": f"{start}, {time.perf_counter() - started:.2f} s"}
     # Heavy imports: a warm start must not pay for them.
     from .ladder import build_runner, summary
 
@@ -66,7 +74,4 @@ def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, 
         verify=config.verify,
         dump_graphs=Path(config.dump_graphs) if config.dump_graphs else None,
     )
-    facts = summary(built)
-    if kept is not None and built.program is not None:
-        kept.keep(built.program, facts)
-    return built.runner, {**facts, "start": "cold"}
+    return built.runner, {**summary(built), "start": "cold"}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .config import DeployConfig
+from .custom_ops.op import OPS
 from .errors import CheckpointError, TransformError
 from .runtime.packed_runner import PackedRunner
 from .transforms.artifact import read, restore, store
@@ -53,8 +54,8 @@ class KeptProgram:
         folder = Path(config.model)
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             return None
-        if config.verify or config.dump_graphs or recipe.imports:
-            # Each asks for the work to be done, or depends on files the key does not see.
+        if config.verify or config.dump_graphs or recipe.imports or _has_foreign_code(recipe):
+            # Each asks for the work to be done, or depends on code the key does not see.
             return None
         return cls(folder, config, recipe)
 
@@ -62,8 +63,20 @@ class KeptProgram:
     def exists(self) -> bool:
         return self._path.is_file()
 
-    def keep(self, program: Program, facts: dict[str, str]) -> None:
-        """Writes the program; says why if it cannot be kept."""
+    @property
+    def refused(self) -> bool:
+        """Whether an earlier start found that this program cannot be kept."""
+        return self._path.with_suffix(".refused").is_file()
+
+    def refuse(self, why: str) -> None:
+        """Remembers that it cannot be kept, so that no start tries in vain again."""
+        _log.info("the program is not kept for a warm start: %s", why)
+        note = self._path.with_suffix(".refused")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(why + "\n")
+
+    def keep(self, program: Program, facts: dict[str, str]) -> str | None:
+        """Writes the program; returns why it cannot be kept, or None."""
         shapes = {
             name: torch.Size(entry["shape"])
             for header in self._headers.values()
@@ -71,9 +84,7 @@ class KeptProgram:
             if _DTYPES.get(entry["dtype"]) == program.contract.dtype
         }
         with _opened(self._headers) as read_tensor:
-            why = store(program, shapes, read_tensor, facts, self._path)
-        if why is not None:
-            _log.info("the program is not kept for a warm start: %s", why)
+            return store(program, shapes, read_tensor, facts, self._path)
 
     def restore(self) -> tuple[PackedRunner, dict[str, str]]:
         """A runner of the kept program, with weights read from the checkpoint.
@@ -85,6 +96,14 @@ class KeptProgram:
         with _opened(self._headers) as read_tensor:
             compiled, weight_bytes = restore(stored, read_tensor)
         return PackedRunner(compiled, compiled.contract, weight_bytes), stored.facts
+
+
+def _has_foreign_code(recipe: Recipe) -> bool:
+    """Whether a transform or an op's implementation comes from outside this package."""
+    own = __name__.split(".")[0]
+    transforms = (type(step.transform).__module__ for step in recipe.steps)
+    implementations = (i.function.__module__ for op in OPS.values() for i in op.implementations)
+    return any(m.split(".")[0] != own for m in (*transforms, *implementations))
 
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

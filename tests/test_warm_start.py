@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from autodeploy import LLM, SamplingParams, deploy
-from autodeploy.errors import TransformError
+from autodeploy.errors import CheckpointError, TransformError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[5, 6, 7, 8, 9], [100, 3]]
@@ -73,9 +73,8 @@ def test_another_config_recipe_or_dtype_is_another_program(tmp_path, cache):
     config["rms_norm_eps"] = 1e-3
     (folder / "config.json").write_text(json.dumps(config))
     assert tokens(folder)[0] == "cold"
-    assert (
-        len(list(cache.iterdir())) == 3
-    )  # the converted dtype is not kept: it is no view of the file
+    # The converted dtype is not kept: its weights are no views of the file.
+    assert len(list(cache.glob("*.program"))) == 3
 
 
 def test_a_checkpoint_whose_names_need_converting_is_not_kept(tmp_path, cache):
@@ -84,6 +83,35 @@ def test_a_checkpoint_whose_names_need_converting_is_not_kept(tmp_path, cache):
     second = tokens(folder)
     assert first == second
     assert first[0] == "cold"
+
+
+def test_a_transform_of_one_s_own_is_neither_kept_nor_looked_up(tmp_path, cache):
+    from dataclasses import dataclass
+
+    from autodeploy.transforms.transform import TRANSFORMS, Transform, register_transform
+
+    @register_transform("own_nothing")
+    @dataclass(frozen=True)
+    class OwnNothing(Transform):
+        def sites(self, program):
+            return ()
+
+    recipe = {"extends": "default", "insert": [{"after": "cache", "step": "own_nothing"}]}
+    try:
+        assert tokens(checkpoint(tmp_path), recipe=recipe)[0] == "cold"
+    finally:
+        del TRANSFORMS["own_nothing"]
+    assert not cache.exists()
+
+
+def test_an_error_of_the_process_that_compiles_is_raised_as_what_it_is(tmp_path):
+    folder = checkpoint(tmp_path)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.ones(3)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        LLM(folder)
 
 
 def test_verify_and_dumps_do_the_work_again(tmp_path):

@@ -29,6 +29,7 @@ _FLAGS = (
     "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-ffp-contract=fast",
 )  # fmt: skip
 _COMPILERS = ("cc", "gcc", "clang")
+_HEADER = Path(__file__).with_name("native.h")
 
 
 class NativeError(Exception):
@@ -112,7 +113,7 @@ def _library(source: Path) -> ctypes.CDLL | NativeError:
 def library_path(source: Path, compiler: str) -> Path:
     """Where the library is kept: named by source, flags, compiler, processor and OpenMP runtime."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    key = hashlib.sha256(source.read_bytes() + version)
+    key = hashlib.sha256(source.read_bytes() + _HEADER.read_bytes() + version)
     for part in (*_FLAGS, platform.machine(), _processor(), str(_openmp_runtime())):
         key.update(part.encode())
     return _folder() / f"{source.stem}-{key.hexdigest()[:20]}.so"
@@ -153,7 +154,7 @@ def _compile(source: Path, compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
         objects, made = Path(folder) / "kernel.o", Path(folder) / path.name
         for command in (
-            [compiler, *_FLAGS, "-c", str(source), "-o", str(objects)],
+            [compiler, *_FLAGS, f"-I{_HEADER.parent}", "-c", str(source), "-o", str(objects)],
             [compiler, "-shared", str(objects), *link, "-lm", "-o", str(made)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import batched_mm_experts_forward
 
 from autodeploy.custom_ops.moe import ACTIVATIONS, experts, gate
@@ -62,6 +63,40 @@ def test_an_expert_of_another_rank_adds_nothing(function):
     alone = function(x, torch.tensor([[0, 1], [1, 0], [0, 1]]), only, up, down)
     torch.testing.assert_close(partly, alone)
     assert not torch.allclose(partly, here)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", [{}, {"gated": False}, {"limit": 1.0, "alpha": 1.7}])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_implementations_equal_the_reference_in_bfloat16(transposed, form, weight_dtype):
+    generator = torch.Generator().manual_seed(1)
+    inner = 24 if form.get("gated", True) else 12
+    shapes = ((5, 40), (9, 40), (5, inner, 40), (5, 40, 12), (5, inner), (5, 40))
+    _, x, up, down, *bias = (torch.randn(n, generator=generator).bfloat16() / 3 for n in shapes)
+    if transposed:
+        up, down = up.mT.contiguous(), down.mT.contiguous()
+    index = torch.stack([torch.randperm(6, generator=generator)[:3] for _ in range(9)])
+    weights = torch.rand(9, 3, generator=generator).to(weight_dtype)
+    expected = experts.reference(x, index, weights, up, down, *bias, transposed=transposed, **form)
+    assert expected.dtype is torch.bfloat16
+    for implementation in experts.implementations:
+        found = implementation.function(
+            x, index, weights, up, down, *bias, transposed=transposed, **form
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_tokens_give_no_rows(function):
+    up, down = torch.randn(2, 12, 8), torch.randn(2, 8, 6)
+    index = torch.zeros(0, 2, dtype=torch.int64)
+    assert function(torch.empty(0, 8), index, torch.empty(0, 2), up, down).shape == (0, 8)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_transformers_own(name):
+    x = torch.randn(200, generator=torch.Generator().manual_seed(2)) * 4
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x))
 
 
 def test_a_gate_that_is_none_of_ours_is_not_guessed():

@@ -1,5 +1,7 @@
 """Norms and rotary embeddings equal transformers' own, in float32 and bfloat16."""
 
+import shutil
+
 import pytest
 import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -17,8 +19,9 @@ from autodeploy.transforms.capture.norms import prove_rms_norm
 from autodeploy.transforms.capture.rotary import prove_rope
 
 
-def functions(op, **arguments):
-    choice = Choice(torch.device("cpu"), arguments)
+def functions(op, *args):
+    """The reference and every implementation that applies."""
+    choice = Choice(torch.device("cpu"), op.bind(args, {}))
     return [op.reference, *(i.function for i in op.implementations if i.when(choice))]
 
 
@@ -42,10 +45,79 @@ def test_the_proved_form_of_a_norm_gives_its_numbers(kind, dtype):
     x = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(4)).to(dtype) * 3
     with torch.no_grad():
         expected = module(x)
-        for function in functions(rms_norm, x=x, weight=module.weight):
+        for function in functions(rms_norm, x, module.weight, *form.values()):
             found = function(x, module.weight, *form.values())
             tolerance = 1e-6 if dtype is torch.float32 else 8e-3
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_has_the_bits_of_a_llama_norm(dtype):
+    module = norm_of(LlamaRMSNorm, 96, dtype)
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(5)).to(dtype) * 3
+    with torch.no_grad():
+        assert torch.equal(rms_norm.reference(x, module.weight, 1e-5), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_norms_of_heads_sliced_out_of_a_projection(dtype, offset, cast_first):
+    generator = torch.Generator().manual_seed(6)
+    projected = torch.randn(1, 700, 6 * 24, generator=generator).to(dtype)
+    weight = torch.randn(24, generator=generator).to(dtype)
+    heads = projected.unflatten(-1, (6, 24))
+    rows = projected[0, :, :48:2]
+    for x in (
+        heads,
+        heads[:, :, 2:4],
+        heads.transpose(1, 2)[:, 1:],
+        rows,
+        heads[:, :0],
+        heads[0, 0, 0],
+    ):
+        expected = rms_norm.reference(x, weight, 1e-5, offset, cast_first)
+        for function in functions(rms_norm, x, weight, 1e-5, offset, cast_first):
+            found = function(x, weight, 1e-5, offset, cast_first)
+            tolerance = 1e-5 if dtype is torch.float32 else 1.6e-2
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_native_forms_are_there_when_one_dtype_is_used_and_not_when_two_are():
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    x, wide = torch.randn(2, 8).bfloat16(), torch.randn(8)
+    assert len(functions(rms_norm, x, wide.bfloat16(), 1e-5)) == 2
+    assert len(functions(rms_norm, x, wide, 1e-5)) == 1
+    assert rms_norm(x, wide, 1e-5).dtype is torch.float32
+    q, cos = torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 3, 8)
+    assert len(functions(rope, q, q, cos.bfloat16(), cos.bfloat16())) == 2
+    assert len(functions(rope, q, q, cos, cos)) == 1
+    assert rope(q, q, cos, cos)[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize(("tokens", "rotated"), [(1, 32), (400, 32), (5, 12)])
+def test_rotations_of_heads_sliced_out_of_a_projection(
+    dtype, interleaved, unsqueeze_dim, tokens, rotated
+):
+    generator = torch.Generator().manual_seed(7)
+    heads = torch.randn(1, tokens, 9 * 32, generator=generator).to(dtype).unflatten(-1, (9, 32))
+    q, k = heads[:, :, :6], heads[:, :, 6:8]
+    if unsqueeze_dim == 1:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    tables = torch.randn(1, tokens, 2 * rotated, generator=generator).to(dtype)
+    cos, sin = tables.split(rotated, -1)
+    args = (q, k, cos, sin, interleaved, unsqueeze_dim)
+    expected = rope.reference(*args)
+    for function in functions(rope, *args):
+        for found, wanted in zip(function(*args), expected, strict=True):
+            assert found.is_contiguous()
+            assert wanted.is_contiguous()
+            exact = {} if dtype is torch.float32 else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(found, wanted, **exact)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +133,7 @@ def test_what_is_no_rms_norm_is_not_taken_for_one(module):
 def test_a_norm_without_weights():
     x = torch.randn(4, 8)
     expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    for function in functions(rms_norm, x=x, weight=None):
+    for function in functions(rms_norm, x, None, 1e-6):
         torch.testing.assert_close(function(x, None, 1e-6, 0.0, True), expected)
 
 
@@ -80,7 +152,7 @@ def test_the_proved_form_of_a_rotary_function_gives_its_numbers(function, interl
     table = torch.cat((angles, angles), -1)
     cos, sin = table.cos().to(dtype), table.sin().to(dtype)
     expected = function(q, k, cos, sin)
-    for ours in functions(rope, q=q, k=k, cos=cos, sin=sin):
+    for ours in functions(rope, q, k, cos, sin):
         for found, wanted in zip(ours(q, k, cos, sin, interleaved, 1), expected, strict=True):
             torch.testing.assert_close(
                 found, wanted, rtol=1e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-6

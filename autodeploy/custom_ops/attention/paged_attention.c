@@ -16,6 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "native.h"
+
 enum { BLOCK = 64, FEW_ROWS = 8, MANY_ROWS = 64 };
 
 #ifdef __AVX512F__
@@ -57,22 +59,6 @@ typedef struct {
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-
-static inline float widened(uint16_t x)
-{
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline uint16_t narrowed(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
 
 /* exp of x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2], relative error below 3e-7. Below -87
    it stays at e^-87. NaN stays NaN. Unlike the C library's, it vectorises. */
@@ -432,9 +418,8 @@ int paged_attention(const Call *c)
         starts[b + 1] = starts[b] + cut(c, b, &tokens, &heads);
         known += c->kv_len[b];
     }
-    /* Waking the threads costs as much as reading some tens of thousands of numbers. */
     const int parallel = c->threads > 1
-        && known * c->kv_heads * (c->width + c->value_width) > 65536;
+        && known * c->kv_heads * (c->width + c->value_width) > WORTH_THREADS;
     int failed = 0;
 #pragma omp parallel num_threads((int)c->threads) if (parallel)
     {

