@@ -336,7 +336,9 @@ static void write_slots(const Call *c)
 {
     const int64_t H = c->kv_heads, item = c->is_bf16 ? 2 : 4;
     const int64_t k_bytes = c->width * item, v_bytes = c->value_width * item;
-#pragma omp for schedule(static)
+    /* A region of its own: in a decode step it then costs no barrier. */
+#pragma omp parallel for num_threads((int)c->threads) schedule(static) \
+    if (c->threads > 1 && c->tokens * H * (c->width + c->value_width) > WORTH_THREADS)
     for (int64_t t = 0; t < c->tokens; t++)
         for (int64_t h = 0; h < H; h++) {
             memcpy(c->k_cache + (c->slot[t] * H + h) * k_bytes,
@@ -421,12 +423,12 @@ int paged_attention(const Call *c)
     const int parallel = c->threads > 1
         && known * c->kv_heads * (c->width + c->value_width) > WORTH_THREADS;
     int failed = 0;
+    write_slots(c);
 #pragma omp parallel num_threads((int)c->threads) if (parallel)
     {
         Scratch scratch;
         const int ready = allot(c, &scratch);
-        write_slots(c);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t unit = 0; unit < starts[c->sequences]; unit++) {
             int64_t low = 0, high = c->sequences; /* starts[low] <= unit < starts[high] */
             while (high - low > 1) {
