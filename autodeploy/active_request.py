@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from . import errors
-from .detokenizer import Detokenizer
+from .detokenizer import DecodeError, Detokenizer, decode
 from .generation_defaults import GenerationDefaults
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .prompts import Prompt
@@ -36,7 +36,9 @@ class ActiveRequest:
 
         Raises:
             SamplingParamsError: `params` need a tokenizer and there is none.
+            InvalidRequestError: the engine could not be told one of the values.
         """
+        _refuse_untellable(params, priority, cache_salt)
         self.request_id = request_id
         self.params = params
         self._tokenizer = tokenizer
@@ -90,19 +92,29 @@ class ActiveRequest:
         if completion.finished:
             return False  # what the engine made before it heard of the end
         stop = False
-        if isinstance(event, RequestFailed):
-            kind = getattr(errors, event.error, errors.EngineError)
-            self.output.error = kind(event.message)
-            completion.finish_reason = "error"
-        else:
-            stop = self._extend(index, completion, event)
+        try:
+            if isinstance(event, RequestFailed):
+                kind = getattr(errors, event.error, errors.EngineError)
+                self._fail(completion, kind(event.message))
+            else:
+                stop = self._extend(index, completion, event)
+            self._finish_text(index, completion)
+        except DecodeError as error:
+            self._fail(completion, errors.EngineError(f"request '{self.request_id}': {error}"))
+            stop = True
+        self.output.finished = all(c.finished for c in self.output.outputs)
+        return stop
+
+    def _fail(self, completion: CompletionOutput, error: errors.AutodeployError) -> None:
+        self.output.error = error
+        completion.finish_reason = "error"
+
+    def _finish_text(self, index: int, completion: CompletionOutput) -> None:
         text = self._text[index]
         if completion.finished and text.stop_reason is None:
             completion.text = text.finish()
             if text.stop_reason is not None:
                 completion.finish_reason, completion.stop_reason = "stop", text.stop_reason
-        self.output.finished = all(c.finished for c in self.output.outputs)
-        return stop
 
     def _extend(self, index: int, completion: CompletionOutput, event: TokenOutput) -> bool:
         text = self._text[index]
@@ -145,7 +157,7 @@ class ActiveRequest:
             c.token_id: Logprob(
                 c.logprob,
                 c.rank,
-                None if self._tokenizer is None else self._tokenizer.decode([c.token_id]),
+                None if self._tokenizer is None else decode(self._tokenizer, [c.token_id]),
             )
             for c in candidates
         }
@@ -200,6 +212,27 @@ class ActiveRequest:
             self.output.metrics,
             self.output.error,
         )
+
+
+def _refuse_untellable(params: SamplingParams, priority: int, cache_salt: str | None) -> None:
+    """Raises InvalidRequestError for what a message to the engine cannot hold."""
+    if type(priority) is not int or not -(2**63) <= priority < 2**63:
+        raise errors.InvalidRequestError(
+            f"priority must be an integer of 64 bits, not {priority!r:.60}"
+        )
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise errors.InvalidRequestError(
+            f"cache_salt must be a string or None, not {cache_salt!r:.60}"
+        )
+    texts = {"stop": params.stop_strings, "bad_words": params.bad_words or []}
+    for name, values in {**texts, "cache_salt": [cache_salt or ""]}.items():
+        for value in values:
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise errors.InvalidRequestError(
+                    f"{name} has {value!a:.60}, which is not valid Unicode: {error.reason}"
+                ) from error
 
 
 def _require_tokenizer(params: SamplingParams, tokenizer: Any) -> None:

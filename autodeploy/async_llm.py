@@ -62,7 +62,9 @@ class AsyncLLM:
         )
         executor = build_executor(config)
         with shut_down_on_error(executor):
-            self._start(executor, resolve_tokenizer(config), config.model, config.seed)
+            tokenizer = resolve_tokenizer(config)
+            defaults = defaults_of(config.model, tokenizer, config.trust_remote_code)
+            self._start(executor, tokenizer, defaults, config.seed)
 
     @classmethod
     def from_parts(
@@ -70,13 +72,16 @@ class AsyncLLM:
     ) -> AsyncLLM:
         """An AsyncLLM over an executor that is already running."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, model, seed)
+        defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
+        llm._start(executor, tokenizer, defaults, seed)
         return llm
 
-    def _start(self, executor: Executor, tokenizer: Any, model: Any, seed: int) -> None:
+    def _start(
+        self, executor: Executor, tokenizer: Any, defaults: GenerationDefaults, seed: int
+    ) -> None:
         self._executor = executor
         self.tokenizer = tokenizer
-        self.defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
+        self.defaults = defaults
         self.stats = EngineStats()
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
@@ -170,10 +175,9 @@ class AsyncLLM:
 
     async def shutdown(self) -> None:
         """Ends every stream with EngineDeadError, stops the engine and frees its memory."""
-        if not self._closed:
-            self._closed = True
-            self._executor.wake()
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._closed = True
+        self._executor.wake()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -200,6 +204,8 @@ class AsyncLLM:
             raise InvalidRequestError(
                 f"output_kind must be delta, cumulative or final, not {kind!r}"
             )
+        if request_id is not None and not isinstance(request_id, str):
+            raise InvalidRequestError(f"request_id must be a string, not {request_id!r:.60}")
         read = read_prompts(prompt, self.tokenizer)
         if len(read) != 1:
             raise InvalidRequestError(f"AsyncLLM.generate takes one prompt, not {len(read)}")

@@ -37,9 +37,10 @@ class BeamSearchParams:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise SamplingParamsError(f"{name} must be a positive integer, not {value!r}")
-        if not abs(self.length_penalty) < 1e3:
+        penalty = self.length_penalty
+        if not isinstance(penalty, (int, float)) or not abs(penalty) < 1e3:
             raise SamplingParamsError(
-                f"length_penalty must be a number, not {self.length_penalty!r}"
+                f"length_penalty must be a number between -1000 and 1000, not {penalty!r}"
             )
 
 
@@ -84,6 +85,8 @@ def search(llm: LLM, prompts: list[Prompt], params: BeamSearchParams) -> list[Be
         outputs = llm.generate([b.tokens for _, b in beams], one_token, use_tqdm=False)
         found: dict[int, list[BeamSearchSequence]] = {id(s): [] for s in searches}
         for (owner, beam), output in zip(beams, outputs, strict=True):
+            if output.error is not None:
+                raise output.error
             candidates = (output.outputs[0].logprobs or [{}])[0]
             for token, logprob in candidates.items():
                 found[id(owner)].append(

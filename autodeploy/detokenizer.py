@@ -17,6 +17,26 @@ _CONTEXT = 6
 _PATIENCE = 32
 
 
+class DecodeError(Exception):
+    """The tokenizer has no text for a token id, as may be if the model knows more of them."""
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int], **options: bool) -> str:
+    """The tokenizer's text.
+
+    Raises:
+        DecodeError: whatever the tokenizer raised.
+    """
+    try:
+        text: str = tokenizer.decode(token_ids, **options)
+    except Exception as error:  # each kind of tokenizer has its own for an unknown id
+        last = list(token_ids[-1:])
+        raise DecodeError(
+            f"the tokenizer cannot decode tokens up to {last}: {type(error).__name__}: {error}"
+        ) from error
+    return text
+
+
 class Detokenizer:
     """Text of one sequence.
 
@@ -100,10 +120,12 @@ class Detokenizer:
         return prompt[-size:]
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
+        return decode(
+            self._tokenizer,
+            token_ids,
+            skip_special_tokens=self._skip,
+            clean_up_tokenization_spaces=False,
         )
-        return text
 
     def _find_stop(self) -> bool:
         # Text that could begin a stop string is held, so it is never looked for in `text`.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from .build import build_engine
 from .config import DeployConfig
+from .errors import ConfigError
 from .runtime.executor import Executor, start_executor
 from .transforms.recipe import load_recipe
 
@@ -19,6 +21,11 @@ def build_executor(config: DeployConfig) -> Executor:
         ConfigError: before anything is loaded.
         ModelError: the model cannot be loaded or served.
     """
+    if not isinstance(config.model, (nn.Module, str, Path)):
+        raise ConfigError(
+            "model must be a live model, a checkpoint directory or a hub id, not "
+            f"{type(config.model).__name__}"
+        )
     load_recipe(config.recipe, config.overrides)
     if isinstance(config.model, nn.Module):
         from .transforms.capture.export import check_causal

@@ -53,7 +53,9 @@ class LLM:
         )
         executor = build_executor(config)
         with shut_down_on_error(executor):
-            self._start(executor, resolve_tokenizer(config), config.model, config.seed)
+            tokenizer = resolve_tokenizer(config)
+            defaults = defaults_of(config.model, tokenizer, config.trust_remote_code)
+            self._start(executor, tokenizer, defaults, config.seed)
 
     @classmethod
     def from_parts(
@@ -61,14 +63,17 @@ class LLM:
     ) -> LLM:
         """An LLM over an executor that is already running. `model`: whose defaults apply."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, model, seed)
+        defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
+        llm._start(executor, tokenizer, defaults, seed)
         return llm
 
-    def _start(self, executor: Executor, tokenizer: Any, model: Any, seed: int) -> None:
+    def _start(
+        self, executor: Executor, tokenizer: Any, defaults: GenerationDefaults, seed: int
+    ) -> None:
         self._executor = executor
         self._closed = False
         self.tokenizer = tokenizer
-        self.defaults = GenerationDefaults() if model is None else defaults_of(model, tokenizer)
+        self.defaults = defaults
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         # Events go to whoever polls, so calls from several threads take turns.
@@ -222,8 +227,9 @@ class LLM:
         try:
             for owner in active:
                 for request in owner.engine_requests:
-                    self._executor.submit(request)
+                    # Noted first: an interrupt may come while it is submitted.
                     submitted.append(request.request_id)
+                    self._executor.submit(request)
             with progress_bar(len(active), show_progress) as progress:
                 self._poll_until_done(active, children, progress)
         except BaseException as error:

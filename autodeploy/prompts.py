@@ -59,6 +59,11 @@ def _read(prompt: Any, index: int, tokenizer: Any) -> Prompt:
                 f"prompt {index}: a dict takes 'prompt' or 'prompt_token_ids', not "
                 f"{', '.join(sorted(map(str, keys))) or 'nothing'}"
             )
+        if not isinstance(prompt.get("prompt", ""), str):
+            raise InvalidRequestError(
+                f"prompt {index}: 'prompt' must be text, not {type(prompt['prompt']).__name__}; "
+                "give token ids as 'prompt_token_ids'"
+            )
         if "prompt_token_ids" in prompt:
             return Prompt(prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"], index))
         prompt = prompt["prompt"]

@@ -99,11 +99,16 @@ class KeptProgram:
 
 
 def _has_foreign_code(recipe: Recipe) -> bool:
-    """Whether a transform or an op's implementation comes from outside this package."""
-    own = __name__.split(".")[0]
-    transforms = (type(step.transform).__module__ for step in recipe.steps)
-    implementations = (i.function.__module__ for op in OPS.values() for i in op.implementations)
-    return any(m.split(".")[0] != own for m in (*transforms, *implementations))
+    """Whether a transform, or a way to run one of our ops, comes from outside this package.
+
+    An op from outside gets into a program only through such a transform.
+    """
+
+    def ours(thing: Any) -> bool:
+        return str(thing.__module__).split(".")[0] == __name__.split(".")[0]
+
+    ways = [i.function for op in OPS.values() if ours(op.reference) for i in op.implementations]
+    return not all(ours(t) for t in (*(type(step.transform) for step in recipe.steps), *ways))
 
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

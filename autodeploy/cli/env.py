@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 from .. import __version__
@@ -18,17 +19,44 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_EXAMPLES = """\
+examples:
+  autodeploy env
+  autodeploy env > environment.txt       # plain text to attach to a report
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Adds `env` to the command line."""
-    parser = commands.add_parser("env", help="versions and hardware, to paste into a report")
+    parser = commands.add_parser(
+        "env", help="versions and hardware, to paste into a report", epilog=_EXAMPLES,
+        description="Print versions, processor, C compiler, GPUs and the cache folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """One `name: value` line each."""
-    for name, value in environment().items():
-        print(f"{name}: {value}")
+    """A table on a terminal; elsewhere one `name: value` line each."""
+    facts = environment()
+    if sys.stdout.isatty():
+        _print_table(facts)
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {value}")
     return 0
+
+
+def _print_table(facts: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # No frame: what a mouse selects stays text that can be pasted.
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    Console().print(table)
 
 
 def environment() -> dict[str, str]:

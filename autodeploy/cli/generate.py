@@ -40,6 +40,8 @@ def add_parser(commands: Any) -> None:
     """Adds `generate` to the command line."""
     parser = commands.add_parser(
         "generate", help="generate text", epilog=_EXAMPLES,
+        description="Deploy a checkpoint and generate. Prompts come from --prompt, --prompt-file, "
+        "or standard input as a whole. Results go to standard output, the rest to standard error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("model", help="checkpoint directory or hub id")
@@ -62,13 +64,16 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates for every prompt and prints texts, or JSON lines."""
+    """Generates for every prompt and prints texts, or JSON lines; 1 if a prompt failed."""
+    _check_flags(args)
     prompts = _prompts(args)
-    if args.chat:
-        conversations = [[{"role": "user", "content": p}] for p in prompts]
-    stream = args.stream if args.stream is not None else sys.stdout.isatty() and not args.json
-    if stream and len(prompts) == 1 and not args.json and (args.n or 1) == 1:
-        asyncio.run(_stream(args, conversations[0] if args.chat else prompts[0]))
+    _check_stream(args, len(prompts))
+    inputs: list[Any] = (
+        [[{"role": "user", "content": p}] for p in prompts] if args.chat else list(prompts)
+    )
+    visible = sys.stdout.isatty() and not args.json and len(prompts) == 1 and (args.n or 1) == 1
+    if args.stream or (args.stream is None and visible):
+        asyncio.run(_stream(args, inputs[0]))
         return 0
     from ..deployment import deploy
 
@@ -76,30 +81,76 @@ def run(args: argparse.Namespace) -> int:
         llm = deploy(args.model, **deploy_options(args))
     with llm:
         params = _params(args, llm)
-        outputs = llm.chat(conversations, params) if args.chat else llm.generate(prompts, params)
+        outputs = llm.chat(inputs, params) if args.chat else llm.generate(inputs, params)
         for output in outputs:
             _print(output, args.json, many=len(prompts) > 1)
-    return 0
+    return int(any(output.error is not None for output in outputs))
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of SamplingParams that have a flag on the command line."""
+    names = [name.replace("-", "_") for name, _, _ in _SAMPLING] + ["stop"]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuses what no checkpoint's defaults could make valid, before anything is loaded."""
+    from ..runtime.sampling_params import SamplingParams
+
+    SamplingParams(**{"max_tokens": None, **_given(args)})
+
+
+def _check_stream(args: argparse.Namespace, count: int) -> None:
+    if not args.stream:
+        return
+    if args.json:
+        raise ConfigError("--stream prints text and --json whole outputs; leave one of them out")
+    if count > 1 or (args.n or 1) > 1:
+        raise ConfigError(
+            f"--stream prints one text as it comes, and this makes {count * (args.n or 1)}; "
+            "leave it out"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(args.prompt)
     if args.prompt_file is not None:
-        try:
-            prompts += [line for line in args.prompt_file.read_text().splitlines() if line]
-        except OSError as error:
-            raise ConfigError(f"--prompt-file: {error}") from error
+        prompts += _prompts_of_file(args.prompt_file)
+    if prompts:
+        return prompts
+    if sys.stdin.isatty():
+        raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
+    text = _decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")
+    if not text:
+        raise ConfigError("standard input is empty: give --prompt, --prompt-file, or text on it")
+    return [text]
+
+
+def _prompts_of_file(path: Path) -> list[str]:
+    try:
+        text = _decoded(path.read_bytes(), f"--prompt-file {path}")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file: {error}") from error
+    # Not splitlines(): a form feed or a Unicode separator does not end a prompt.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = [line for line in lines if line]
     if not prompts:
-        if sys.stdin.isatty():
-            raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
-        prompts = [sys.stdin.read().rstrip("\n")]
+        raise ConfigError(f"--prompt-file {path} has no prompts; write one per line")
     return prompts
+
+
+def _decoded(data: bytes, source: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source} is not UTF-8 at byte {error.start}; convert it first, with iconv for one"
+        ) from error
 
 
 def _params(args: argparse.Namespace, llm: Any) -> Any:
     """The checkpoint's defaults with the given flags on top; None if none was given."""
-    names = [name.replace("-", "_") for name, _, _ in _SAMPLING] + ["stop"]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = _given(args)
     if not given:
         return None
     return llm.defaults.params().clone(**given)
@@ -120,12 +171,15 @@ async def _stream(args: argparse.Namespace, prompt: Any) -> None:
 
 
 def _print(output: Any, as_json: bool, many: bool) -> None:
+    import msgspec
+
     for completion in output.outputs:
         if as_json:
             record = {
                 "prompt": output.prompt,
                 "prompt_token_ids": output.prompt_token_ids,
                 "num_cached_tokens": output.num_cached_tokens,
+                "metrics": output.metrics and msgspec.structs.asdict(output.metrics),
                 "error": None if output.error is None else str(output.error),
                 **dataclasses.asdict(completion),
             }
@@ -133,7 +187,8 @@ def _print(output: Any, as_json: bool, many: bool) -> None:
             continue
         if many or len(output.outputs) > 1:
             print(f"--- {output.prompt!r}" + (f" [{completion.index}]" if completion.index else ""))
-        print(completion.text if output.error is None else f"[failed: {output.error}]")
+        # Of a failed prompt, what came before; the error itself was logged.
+        print(completion.text)
 
 
 @contextmanager

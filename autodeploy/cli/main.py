@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,32 +44,55 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for an error of ours, 2 for wrong usage, 130 for Ctrl-C."""
+    """Runs a command; returns its exit status: 1 after an error, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: 2 for wrong usage, 0 after --help and --version.
+        AutodeployError: with --debug, instead of one line on standard error.
+    """
     args = parser().parse_args(argv)
     _set_up_logging(args.verbose or args.debug)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
-    except AutodeployError as error:
+        status = run(args)
+        # A reader who left is noticed here, and not by the interpreter while it ends.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output had enough. What is still buffered must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (AutodeployError, OSError) as error:
         if args.debug:
             raise
-        print(f"autodeploy: error: {error}", file=sys.stderr)
+        print(f"autodeploy: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if args.debug:
             raise
         print("autodeploy: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has had enough.
-        sys.stderr.close()
-        return 1
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _set_up_logging(verbose: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("autodeploy")
-    logger.handlers = [handler]
+    logger.handlers = [_handler()]
     logger.propagate = False
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _handler() -> logging.Handler:
+    """Rich output for a terminal; in a file or pipe, lines stay whole."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    return handler

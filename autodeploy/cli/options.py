@@ -20,9 +20,8 @@ def read_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
     """Overrides by step id from `STEP.OPTION=VALUE` words.
 
     Raises:
-        ConfigError: a word has another form.
+        ConfigError: a word has another form, or its value is not YAML.
     """
-    from omegaconf import OmegaConf
 
     overrides: dict[str, dict[str, Any]] = {}
     for change in changes:
@@ -30,9 +29,23 @@ def read_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
         step, dot, option = place.partition(".")
         if not (equals and dot and step and option):
             raise ConfigError(f"--set takes STEP.OPTION=VALUE, not '{change}'")
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        overrides.setdefault(step, {})[option] = dict(parsed)["value"]
+        overrides.setdefault(step, {})[option] = _yaml_value(change, value)
     return overrides
+
+
+def _yaml_value(change: str, text: str) -> Any:
+    # omegaconf brings PyYAML with it, and reads recipe files by it.
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--set {change}: '{text}' is not YAML; write a list as [a, b], and quote the whole "
+            "option for the shell"
+        ) from error
+    return dict(parsed)["value"]
 
 
 def add_deploy_options(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,10 @@ def add_parser(commands: Any) -> None:
         ("show", run_show, "the resolved recipe as YAML"),
         ("check", run_check, "whether a recipe is valid, and its steps"),
     ):
-        sub = kinds.add_parser(name, help=text)
+        sub = kinds.add_parser(
+            name, help=text, epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         sub.add_argument("recipe", help="a shipped name or the path of a YAML file")
         add_recipe_options(sub)
         sub.set_defaults(run=run)

@@ -79,6 +79,8 @@ class WorkerExecutor:
             self._start()
             self.ready = self._wait_until_ready()
             self._is_ready = True
+            # They have met. A file that is gone cannot be left behind by whatever ends us.
+            shutil.rmtree(self._folder, ignore_errors=True)
         except BaseException:
             self.shutdown()
             raise

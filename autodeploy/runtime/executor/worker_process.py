@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 import traceback
@@ -28,6 +29,7 @@ from ..messages import (
 from .base import BuildEngine, refusal
 
 _STATS_EVERY_STEPS = 16
+_log = logging.getLogger("autodeploy")
 
 
 def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
@@ -37,10 +39,11 @@ def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
     """
     # Ctrl-C in a terminal reaches this process too; what it means is for the front to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    watch = threading.Thread(target=_end_with_parent, args=(address,), daemon=True)
+    watch.start()
     if log_level < logging.WARNING:
         logging.basicConfig(format="%(name)s worker: %(message)s")
-        logging.getLogger("autodeploy").setLevel(log_level)
+        _log.setLevel(log_level)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     for option, value in ((zmq.LINGER, 1000), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
@@ -50,18 +53,19 @@ def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
         _Worker(socket, build()).run()
     except Exception as error:
         socket.send(msgspec.msgpack.encode([_last_words(error)]))
-        if not isinstance(error, AutodeployError):
-            traceback.print_exc()
+        _log.debug("the worker failed", exc_info=error)
         raise SystemExit(1) from error
     finally:
         socket.close()
         context.term()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(address: str) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
+    if address.startswith("ipc://"):
+        shutil.rmtree(os.path.dirname(address.removeprefix("ipc://")), ignore_errors=True)
     # Nobody is left to talk to; a step in progress must not keep the process.
     os._exit(1)
 
