@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from . import errors
-from .detokenizer import DecodeError, Detokenizer, decode
+from .detokenizer import Detokenizer, decode
 from .generation_defaults import GenerationDefaults
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .prompts import Prompt
@@ -38,7 +38,7 @@ class ActiveRequest:
             SamplingParamsError: `params` need a tokenizer and there is none.
             InvalidRequestError: the engine could not be told one of the values.
         """
-        _refuse_untellable(params, priority, cache_salt)
+        _refuse_untellable(request_id, params, priority, cache_salt)
         self.request_id = request_id
         self.params = params
         self._tokenizer = tokenizer
@@ -55,6 +55,7 @@ class ActiveRequest:
                 priority=priority,
                 arrival_time=time.time(),
                 cache_salt=cache_salt,
+                prefilled=prompt.prefilled,
             )
             for index in range(params.n)
         ]
@@ -99,7 +100,7 @@ class ActiveRequest:
             else:
                 stop = self._extend(index, completion, event)
             self._finish_text(index, completion)
-        except DecodeError as error:
+        except errors.InvalidRequestError as error:
             self._fail(completion, errors.EngineError(f"request '{self.request_id}': {error}"))
             stop = True
         self.output.finished = all(c.finished for c in self.output.outputs)
@@ -214,7 +215,9 @@ class ActiveRequest:
         )
 
 
-def _refuse_untellable(params: SamplingParams, priority: int, cache_salt: str | None) -> None:
+def _refuse_untellable(
+    request_id: str, params: SamplingParams, priority: int, cache_salt: str | None
+) -> None:
     """Raises InvalidRequestError for what a message to the engine cannot hold."""
     if type(priority) is not int or not -(2**63) <= priority < 2**63:
         raise errors.InvalidRequestError(
@@ -224,8 +227,11 @@ def _refuse_untellable(params: SamplingParams, priority: int, cache_salt: str | 
         raise errors.InvalidRequestError(
             f"cache_salt must be a string or None, not {cache_salt!r:.60}"
         )
-    texts = {"stop": params.stop_strings, "bad_words": params.bad_words or []}
-    for name, values in {**texts, "cache_salt": [cache_salt or ""]}.items():
+    texts = {
+        "request_id": [request_id], "cache_salt": [cache_salt or ""],
+        "stop": params.stop_strings, "bad_words": params.bad_words or [],
+    }  # fmt: skip
+    for name, values in texts.items():
         for value in values:
             try:
                 value.encode()

@@ -82,7 +82,8 @@ def search(llm: LLM, prompts: list[Prompt], params: BeamSearchParams) -> list[Be
         beams = [(s, beam) for s in searches for beam in s.live]
         if not beams:
             break
-        outputs = llm.generate([b.tokens for _, b in beams], one_token, use_tqdm=False)
+        grown = [Prompt(None, b.tokens, len(s.prompt.token_ids)) for s, b in beams]
+        outputs = llm.generate(grown, one_token, use_tqdm=False)
         found: dict[int, list[BeamSearchSequence]] = {id(s): [] for s in searches}
         for (owner, beam), output in zip(beams, outputs, strict=True):
             if output.error is not None:

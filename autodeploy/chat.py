@@ -38,9 +38,10 @@ def chat_prompts(
                 chat_template=chat_template,
                 **(chat_template_kwargs or {}),
             )
-        except TemplateError as error:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except (TemplateError, TypeError, ValueError) as error:
+            # Content of a type the template does not expect, text that is not valid Unicode.
             raise InvalidRequestError(f"the chat template refuses: {error}") from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append({"prompt": text, "prompt_token_ids": list(ids)})
     return prompts
 
@@ -50,6 +51,11 @@ def _conversations(messages: Any) -> list[Any]:
         raise InvalidRequestError("messages must be a list of {'role', 'content'} dicts, not empty")
     conversations = messages if isinstance(messages[0], list) else [messages]
     for conversation in conversations:
+        if not isinstance(conversation, list) or not conversation:
+            raise InvalidRequestError(
+                "a conversation is a list of {'role', 'content'} dicts, not empty, and not "
+                f"{conversation!r:.60}"
+            )
         for message in conversation:
             if not isinstance(message, Mapping) or "role" not in message:
                 raise InvalidRequestError(

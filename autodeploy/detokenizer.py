@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import InvalidRequestError
+
 # Tokens of the prompt that are decoded together with the first new ones.
 _CONTEXT = 6
 # A character spans a few tokens at most. Bytes that make none after this many are given out as
@@ -17,22 +19,19 @@ _CONTEXT = 6
 _PATIENCE = 32
 
 
-class DecodeError(Exception):
-    """The tokenizer has no text for a token id, as may be if the model knows more of them."""
-
-
 def decode(tokenizer: Any, token_ids: Sequence[int], **options: bool) -> str:
     """The tokenizer's text.
 
     Raises:
-        DecodeError: whatever the tokenizer raised.
+        InvalidRequestError: it has none; a model may know more token ids than its tokenizer.
     """
     try:
         text: str = tokenizer.decode(token_ids, **options)
     except Exception as error:  # each kind of tokenizer has its own for an unknown id
         last = list(token_ids[-1:])
-        raise DecodeError(
-            f"the tokenizer cannot decode tokens up to {last}: {type(error).__name__}: {error}"
+        raise InvalidRequestError(
+            f"the tokenizer cannot decode tokens up to {last} ({type(error).__name__}: {error}); "
+            "use detokenize=False, or allowed_token_ids that it knows"
         ) from error
     return text
 

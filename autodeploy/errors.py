@@ -11,6 +11,7 @@ AutodeployError
 ├── ModelError                               the model or checkpoint cannot be served
 │   ├── CheckpointError
 │   ├── UnsupportedModelError
+│   │   └── NotCausalError
 │   └── CaptureError
 ├── TransformError                           a transform failed or did not match
 │   └── VerificationError
@@ -62,6 +63,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model is not an autoregressive language model over token ids."""
+
+
+class NotCausalError(UnsupportedModelError):
+    """Later tokens change the logits of earlier ones."""
 
 
 class CaptureError(ModelError):

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .errors import CheckpointError, SamplingParamsError
 from .runtime.sampling_params import SamplingParams
 
 _log = logging.getLogger("autodeploy")
@@ -44,7 +45,11 @@ class GenerationDefaults:
 
 
 def defaults_of(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> GenerationDefaults:
-    """Defaults of a live model or of a checkpoint's path or id."""
+    """Defaults of a live model or of a checkpoint's path or id.
+
+    Raises:
+        CheckpointError: a file that states them cannot be read.
+    """
     if isinstance(model, nn.Module):
         generation = getattr(model, "generation_config", None)
         stated = generation.to_diff_dict() if generation is not None else {}
@@ -59,12 +64,21 @@ def defaults_of(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
             sampling[ours] = stated[theirs]
     if stated.get("do_sample") is False and "temperature" not in sampling:
         sampling["temperature"] = 0.0
-    if sampling.get("max_tokens", 1) < 1:
-        del sampling["max_tokens"]
+    sampling = {name: value for name, value in sampling.items() if _is_usable(name, value)}
     defaults = GenerationDefaults(eos, sampling)
     shown = ", ".join(f"{k}={v}" for k, v in sampling.items()) or "none of its own"
     _log.info("sampling defaults of the checkpoint: %s; end of sequence: %s", shown, eos)
     return defaults
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether a request can have it; a default that none can have is named and left out."""
+    try:
+        SamplingParams(**{name: value})
+    except SamplingParamsError as error:
+        _log.warning("a default of the generation_config is left out: %s", error)
+        return False
+    return True
 
 
 def _eos_token_ids(
@@ -74,7 +88,10 @@ def _eos_token_ids(
     sources = (generation.get("eos_token_id"), config.get("eos_token_id"))
     for value in (*sources, getattr(tokenizer, "eos_token_id", None)):
         if value is not None:
-            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+            ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            if all(type(i) is int for i in ids):
+                return ids
+            raise CheckpointError(f"eos_token_id must be one token id or a list, not {value!r:.60}")
     return ()
 
 
@@ -83,7 +100,7 @@ def _read(path: Path, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str
     if path.is_dir():
         # The files are plain JSON, and transformers' classes take a second to import.
         files = (path / "generation_config.json", path / "config.json")
-        generation, config = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
+        generation, config = (_read_json(f) if f.is_file() else {} for f in files)
         return generation, config
     from transformers import AutoConfig, GenerationConfig
 
@@ -93,3 +110,13 @@ def _read(path: Path, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str
     except OSError:
         # A checkpoint need not have one.
         return {}, config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{file}' cannot be read: {error}; correct or delete it") from error
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"'{file}' holds no JSON object; correct or delete it")
+    return stated

@@ -11,21 +11,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import CaptureError
+from .errors import CaptureError, NotCausalError
 from .runtime.packed_runner import PackedRunner
 from .runtime.sequence_runner import RecomputeRunner, SequenceRunner, model_cache_error
 from .transforms import library as _library  # noqa: F401 - registers the transforms
-from .transforms.capture.export import capture, check_causal, max_positions
+from .transforms.capture.attempts import capture_proved
+from .transforms.capture.export import check_causal
+from .transforms.capture.length_rule import length_rule
+from .transforms.capture.positions import max_positions
+from .transforms.capture.rope_lengths import length_rotaries, lengths_forgotten
 from .transforms.compiled import compiled
 from .transforms.pipeline import PipelineReport, run_recipe
-from .transforms.program import Program
-from .transforms.recipe import Recipe
+from .transforms.program import Fact, Program
+from .transforms.recipe import Recipe, Step
 from .transforms.verify import SequenceCheck, reference_logits, tolerance
 from .transforms.verify.twin import twin_of
 
@@ -77,22 +82,33 @@ def build_runner(
     """
     built = Built(None, 1)
     check_causal(model)
-    reference = reference_logits(model)
+    try:
+        reference = reference_logits(model)
+    except NotCausalError as error:
+        if not generates_from_ids(model):
+            raise
+        # What `generate` without a cache gives: each token from a forward over all before it.
+        return _lowest_rung(model, built, str(error))
     try:
         with built.timed("capture"):
-            program = capture(model, owned=owned)
             check = SequenceCheck(reference)
-            check.prove(program)
+            program = capture_proved(model, check.prove, owned=owned)
     except CaptureError as error:
         return _lower_rung(model, built, str(error))
     if verify and _wants_twin(model):
         with built.timed("verify"):
             verify_on_twin(model, recipe)
         verify = False
-    with built.timed("transforms"):
-        built.report = run_recipe(
-            program, recipe, check=check if verify else None, dump_graphs=dump_graphs
-        )
+    try:
+        with built.timed("transforms"):
+            built.report = run_recipe(
+                program,
+                recipe,
+                check=check if verify else _CachedCheck(check) if program.module_calls else None,
+                dump_graphs=dump_graphs,
+            )
+    except _CachesFail as error:
+        return _lower_rung(model, built, str(error))
     with built.timed("compile"):
         function = compiled(program)
     built.program = program
@@ -103,6 +119,28 @@ def build_runner(
         built.report.table(),
     )
     return built
+
+
+class _CachesFail(Exception):
+    """Parts that run as they are do not go on from what they kept."""
+
+
+@dataclass(frozen=True)
+class _CachedCheck:
+    """Checks a program once, when it has got its caches: capture proved it without."""
+
+    check: SequenceCheck
+
+    def __call__(self, program: Program, step: Step) -> None:
+        if Fact.CACHED not in program.facts or Fact.LOWERED in program.facts:
+            return
+        error = self.check.error(program)
+        if not error <= tolerance(program.contract.dtype):
+            names = sorted({call.name.rsplit(".", 1)[-1] for call in program.module_calls})
+            raise _CachesFail(
+                f"{', '.join(names)} as the model's own code give other logits, by {error:.1e} of "
+                "their range, when a sequence comes in several steps"
+            )
 
 
 def _wants_twin(model: nn.Module) -> bool:
@@ -118,9 +156,8 @@ def verify_on_twin(model: nn.Module, recipe: Recipe) -> None:
         VerificationError: a step changed the logits, or no twin can be made.
     """
     twin = twin_of(model)
-    program = capture(twin)
     check = SequenceCheck(reference_logits(twin))
-    check.prove(program)
+    program = capture_proved(twin, check.prove)
     run_recipe(program, recipe, check=check)
     _log.info("verified every step of %s on a twin of %s", recipe.name, type(model).__name__)
 
@@ -129,21 +166,59 @@ def _lower_rung(model: nn.Module, built: Built, cause: str) -> Built:
     """The model itself, called by a runner: slower, exact, and announced."""
     built.cause = cause
     limit = tolerance(next(model.parameters()).dtype)
-    error = model_cache_error(model)
-    built.rung = 2 if error is not None and error <= limit else 3
-    kind = SequenceRunner if built.rung == 2 else RecomputeRunner
-    built.runner = kind(model, max_positions(model))
-    why_not_2 = (
-        ""
-        if built.rung == 2
-        else (
-            "; its own cache cannot be used either: "
-            + ("it keeps none" if error is None else f"decode differs from prefill by {error:.1e}")
-        )
-    )
+    rotaries = length_rotaries(model)
+    fresh = partial(lengths_forgotten, rotaries)
+    why_not_2 = ""
+    try:
+        rule = length_rule(model, rotaries)
+        error = model_cache_error(model, fresh)
+        if error is None:
+            why_not_2 = "it keeps none"
+        elif not error <= limit:
+            why_not_2 = f"decode differs from prefill by {error:.1e}"
+    except CaptureError as unknown:
+        why_not_2 = str(unknown)
+    if why_not_2:
+        built.rung = 3
+        built.runner = RecomputeRunner(model, max_positions(model), fresh)
+        why_not_2 = f"; its own cache cannot be used either: {why_not_2}"
+    else:
+        built.rung = 2
+        built.runner = SequenceRunner(model, max_positions(model), fresh, rule)
     _log.warning(
         "%s runs on rung %d of 3 (%s), which is slow, because: %s%s",
         type(model).__name__, built.rung, RUNGS[built.rung], cause, why_not_2,
+    )  # fmt: skip
+    return built
+
+
+def generates_from_ids(model: nn.Module) -> bool:
+    """Whether generation feeds the model its tokens so far, and nothing else.
+
+    A model of which a config has to say that it is a decoder is meant to be causal as one.
+    """
+    config: Any = model.config
+    if getattr(config, "is_decoder", None) is not None:
+        return False
+    ids = torch.arange(8, 13, device=next(model.parameters()).device)[None]
+    prepare: Any = model.prepare_inputs_for_generation
+    prepared = prepare(ids, attention_mask=torch.ones_like(ids))
+    given = prepared.pop("input_ids", None)
+    others = {name for name, value in prepared.items() if isinstance(value, torch.Tensor)}
+    return (
+        isinstance(given, torch.Tensor)
+        and torch.equal(given, ids)
+        and others <= {"attention_mask", "position_ids"}
+    )
+
+
+def _lowest_rung(model: nn.Module, built: Built, cause: str) -> Built:
+    built.rung, built.cause = 3, cause
+    fresh = partial(lengths_forgotten, length_rotaries(model))
+    built.runner = RecomputeRunner(model, max_positions(model), fresh)
+    _log.warning(
+        "%s runs on rung 3 of 3 (%s), which is slow, because: %s",
+        type(model).__name__, RUNGS[3], cause,
     )  # fmt: skip
     return built
 

@@ -24,6 +24,8 @@ class Prompt:
 
     text: str | None
     token_ids: list[int]
+    prefilled: int | None = None
+    """Leading tokens that were the prompt, if the others have been generated since; None: all."""
 
 
 def read_prompts(prompts: Any, tokenizer: Any) -> list[Prompt]:
@@ -52,6 +54,8 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _read(prompt: Any, index: int, tokenizer: Any) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, Mapping):
         keys = set(prompt)
         if keys not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):

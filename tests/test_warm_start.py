@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from rope_models import generated
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
@@ -12,7 +13,19 @@ from autodeploy import LLM, SamplingParams, deploy
 from autodeploy.errors import CheckpointError, TransformError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-PROMPTS = [[5, 6, 7, 8, 9], [100, 3]]
+PROMPTS = [[5, 6, 7, 8, 9], [100, 3], [*range(60, 80)]]
+# Past 8 tokens these rotate otherwise, and the second computes all tokens anew.
+DYNAMIC = {
+    "max_position_embeddings": 8,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0},
+}
+LONGROPE = {
+    "original_max_position_embeddings": 8,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+        "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +53,9 @@ def tokens(path, **options):
         ("gemma3_text", {}),
         ("falcon_h1", {}),
         ("gpt2", {}),
+        ("minicpm3", {}),
+        ("llama", DYNAMIC),
+        ("phi3", LONGROPE),
     ],
 )
 def test_a_warm_start_gives_the_tokens_of_a_cold_one(tmp_path, name, changes):
@@ -48,6 +64,9 @@ def test_a_warm_start_gives_the_tokens_of_a_cold_one(tmp_path, name, changes):
     warm = tokens(folder)
     assert (cold[0], warm[0]) == ("cold", "warm")
     assert warm[1] == cold[1]
+    if "rope_parameters" in changes:
+        model = tiny_model(name, **changes)
+        assert warm[1] == [generated(model, p, 12, use_cache=name != "phi3") for p in PROMPTS]
 
 
 def test_new_weights_of_the_same_shape_are_read_and_not_remembered(tmp_path):

@@ -19,6 +19,29 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
 }  # fmt: skip
 
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": None,
+}  # fmt: skip
+_EXPERTS = {
+    "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
+
+LATENT: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT | _EXPERTS,
+    "deepseek_v3": _LATENT | _EXPERTS,
+    "glm4_moe_lite": _LATENT | _EXPERTS,
+    "axk1": _LATENT | _EXPERTS,
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+    "kimi_linear": _LATENT | _EXPERTS | {
+        "num_experts": 8, "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_heads": 4, "linear_head_dim": 16,
+    },
+}  # fmt: skip
+"""Architectures with multi-head latent attention, and what makes them tiny."""
+
 _SPECIFIC: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
@@ -28,12 +51,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "deepseek_v3": {
-        "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
-        "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
-        "moe_intermediate_size": 32, "head_dim": None,
-    },
+    "deepseek_v3": LATENT["deepseek_v3"],
     "mamba2": {
         "num_heads": 8, "state_size": 16, "expand": 2, "n_groups": 2, "chunk_size": 8,
         "intermediate_size": None,
@@ -48,6 +66,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
         "mamba_n_groups": 1, "mamba_chunk_size": 8, "mamba_expand": 2,
     },
+    "bloom": {"n_layer": 2, "n_head": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }  # fmt: skip
 
@@ -62,9 +81,9 @@ def tiny_config(name: str, **changes: Any) -> Any:
             "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
         }  # fmt: skip
     else:
-        values = {**_COMMON, **_SPECIFIC.get(name, {})}
+        values = {**_COMMON, **(LATENT | _SPECIFIC).get(name, {})}
     values.update(changes)
-    keep_none = ("sliding_window",)
+    keep_none = ("sliding_window", "q_lora_rank")
     return AutoConfig.for_model(
         name, **{k: v for k, v in values.items() if v is not None or k in keep_none}
     )

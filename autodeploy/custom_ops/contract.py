@@ -10,6 +10,8 @@ import torch
 METADATA: dict[str, str] = {
     "input_ids": "[1, T] int64: the step's new tokens of all sequences, side by side",
     "position_ids": "[1, T] int64: each token's position in its own sequence",
+    "known_len": "[1, T] int64: tokens of its sequence that were known when each token was first "
+    "computed: the prompt's for its own, position + 1 for later ones (see LengthRule)",
     "logit_index": "[N] int64: rows of T whose logits are needed",
     "cu_q": "[B + 1] int32: where each sequence's new tokens start in T",
     "kv_len": "[B] int32: tokens of each sequence known after this step, new ones included",
@@ -73,6 +75,36 @@ class CacheGroup:
 
 
 @dataclass(frozen=True)
+class LengthRule:
+    """How keys depend on the tokens that were known when they were computed (`known_len`).
+
+    Some rotary embeddings have frequencies that depend on the length of the input. All tokens of
+    a prompt are then rotated for the prompt's length, each later one for its own position + 1,
+    and what is in a cache stays as it was. A model without a rule has keys of token, position
+    and the tokens before alone.
+    """
+
+    steps: tuple[int, ...] = ()
+    """Ascending. Lengths on the same side of each, `<= step` or above, are alike."""
+    grows_past: int | None = None
+    """Above it no two lengths are alike."""
+    recompute_past: int | None = None
+    """A sequence that comes to have more tokens is computed anew from its first token, as if all
+    tokens it has then were its prompt."""
+
+    def prompt_tokens(self, prompt: int, known: int) -> int:
+        """How many of `known` tokens count as one prompt, if `prompt` did at the start."""
+        past = self.recompute_past
+        return past + 1 if past is not None and prompt <= past < known else prompt
+
+    def alike(self, length: int) -> int:
+        """The smallest length with the same keys: what tells apart tokens otherwise equal."""
+        if self.grows_past is not None and length > self.grows_past:
+            return length
+        return max((step + 1 for step in self.steps if step < length), default=1)
+
+
+@dataclass(frozen=True)
 class Contract:
     """What a compiled program takes and what it needs kept between steps."""
 
@@ -84,6 +116,10 @@ class Contract:
     """Longest sequence the model is made for; None if it states none."""
     device: torch.device
     dtype: torch.dtype
+    max_tokens: int | None = None
+    """Most tokens of one step that the graph holds for; None if any number."""
+    lengths: LengthRule | None = None
+    """None: keys do not depend on how long the prompt was."""
 
     @property
     def token_groups(self) -> tuple[CacheGroup, ...]:

@@ -91,23 +91,32 @@ def library(source: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | NativeError:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        return NativeError(
-            f"there is no C compiler ({', '.join(_COMPILERS)}); install one, such as gcc"
-        )
-    try:
-        path = library_path(source, compiler)
-        if not path.is_file():
-            _compile(source, compiler, path)
-        return ctypes.CDLL(str(path))
-    except NativeError as error:
-        return error
-    except OSError as error:
-        return NativeError(
-            f"{source.name} cannot be compiled or loaded: {error}; set AUTODEPLOY_CACHE to a "
-            "folder that can be written and holds programs"
-        )
+    failures = []
+    for compiler in filter(None, map(shutil.which, _COMPILERS)):
+        try:
+            path = library_path(source, compiler)
+            if not path.is_file():
+                _compile(source, compiler, path)
+        except NativeError as error:
+            failures.append(str(error))
+            continue
+        except OSError as error:
+            return NativeError(
+                f"{source.name} cannot be compiled: {error}; set AUTODEPLOY_CACHE to a folder "
+                "that can be written"
+            )
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            failures.append(
+                f"what {compiler} made of {source.name} cannot be loaded: {error}; set "
+                "AUTODEPLOY_CACHE to a folder that may hold programs, or install gcc"
+            )
+    if failures:
+        return NativeError(failures[0])
+    return NativeError(
+        f"there is no C compiler ({', '.join(_COMPILERS)}); install one, such as gcc"
+    )
 
 
 def library_path(source: Path, compiler: str) -> Path:
@@ -137,13 +146,18 @@ def _processor() -> str:
 
 @functools.cache
 def _openmp_runtime() -> Path | None:
-    """The libgomp that torch has loaded into this process, if it is one."""
+    """The libgomp that torch has loaded into this process, if it is one.
+
+    Other packages bring theirs; torch's own is beside it, in torch/lib or torch.libs.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
     paths = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}
-    return Path(sorted(paths)[0]) if paths else None
+    home = str(Path(torch.__file__).parent)
+    chosen = min(paths, key=lambda path: (not path.startswith(home), path), default=None)
+    return Path(chosen) if chosen else None
 
 
 def _compile(source: Path, compiler: str, path: Path) -> None:

@@ -94,6 +94,11 @@ class Op:
         """Argument names in schema order."""
         return tuple(argument.name for argument in self.overload._schema.arguments)
 
+    def is_list(self, name: str) -> bool:
+        """Whether an argument is a list of tensors."""
+        argument = next(a for a in self.overload._schema.arguments if a.name == name)
+        return str(argument.type) == "List[Tensor]"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
 

@@ -38,12 +38,19 @@ class SequenceChunk:
     """What one request computes in a step, for runners that take one sequence at a time."""
 
     request_id: str
-    token_ids: np.ndarray
-    """[start + count] int64: every token up to the end of the chunk."""
+    known_ids: np.ndarray
+    """[known] int64: every known token, those after the chunk included."""
     start: int
     count: int
+    prefilled: int
+    """Leading tokens that are one prompt: what they give depends on how many they are."""
     logit_rows: np.ndarray
     """Rows of the chunk, 0 .. count - 1 ascending, whose logits are needed; may be empty."""
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[start + count] int64: every token up to the end of the chunk."""
+        return self.known_ids[: self.start + self.count]
 
 
 class StepPlan:
@@ -61,6 +68,7 @@ class StepPlan:
         self._starts = np.zeros(max_num_seqs, dtype=np.int64)
         self._counts = np.zeros(max_num_seqs, dtype=np.int64)
         self._samples = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._key_lengths = np.ones(max_num_seqs, dtype=np.int64)
         self._cu_q = np.zeros(max_num_seqs + 1, dtype=np.int64)
         self.logit_index = np.zeros(0, dtype=np.int64)
         """[N] ascending rows of T; at least one, even when no logits are needed."""
@@ -91,6 +99,11 @@ class StepPlan:
         return self._counts[: len(self.requests)]
 
     @property
+    def key_lengths(self) -> np.ndarray:
+        """[B] int64 a length whose keys are those of each request's prompt; see LengthRule."""
+        return self._key_lengths[: len(self.requests)]
+
+    @property
     def samples(self) -> np.ndarray:
         """[B] bool: whether the chunk reaches the last known token, so the next is sampled."""
         return self._samples[: len(self.requests)]
@@ -117,6 +130,7 @@ class StepPlan:
         self._rows[at] = request.row
         self._starts[at] = start
         self._counts[at] = count
+        self._key_lengths[at] = request.key_length
         self._samples[at] = start + count == request.known
         if request.missing_prompt_logprobs:
             first = request.next_prompt_row
@@ -156,7 +170,7 @@ class StepPlan:
             start, count = int(self._starts[at]), int(self._counts[at])
             rows = self.logit_index[bounds[at] : bounds[at + 1]] - self._cu_q[at]
             yield SequenceChunk(
-                request.request_id, request.tokens[: start + count], start, count, rows
+                request.request_id, request.tokens, start, count, request.prefilled, rows
             )
 
 
@@ -202,6 +216,9 @@ class StepInputs:
             "kv_len": ends,
             "state_slot": plan.slots,
         }
+        if "known_len" in self._names:
+            of_prompt = np.repeat(plan.key_lengths, plan.counts)
+            values["known_len"] = np.maximum(of_prompt, positions + 1)[None]
         inputs = {}
         for name in self._names:
             if name == "input_ids":

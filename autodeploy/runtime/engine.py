@@ -11,6 +11,7 @@ It knows nothing of text, sockets or threads: an executor hosts it, a front feed
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.contract import Contract
 from autodeploy.errors import (
     EmptyPromptError,
     EngineError,
@@ -36,6 +38,8 @@ from .request import RequestState
 from .runner import ModelRunner
 from .sampler import Sampler, SampleResult
 from .scheduler import Scheduler, SchedulerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class TokenSampler(Protocol):
@@ -62,6 +66,20 @@ class EngineConfig:
     """Pages of each cache group, instead of what the memory gives."""
 
 
+def _within(config: SchedulerConfig, contract: Contract) -> SchedulerConfig:
+    """The budget of a step, no larger than the program's graph holds for."""
+    limit = contract.max_tokens
+    if limit is None or config.max_num_batched_tokens <= limit:
+        return config
+    logger.warning(
+        "the model's graph holds for %d tokens in one step: max_num_batched_tokens=%d is lowered "
+        "to that", limit, config.max_num_batched_tokens,
+    )  # fmt: skip
+    return dataclasses.replace(
+        config, max_num_batched_tokens=limit, max_num_seqs=min(config.max_num_seqs, limit)
+    )
+
+
 class EngineCore:
     """Serves requests with one model.
 
@@ -78,10 +96,9 @@ class EngineCore:
         self, runner: ModelRunner, config: EngineConfig, sampler: TokenSampler | None = None
     ) -> None:
         contract = runner.contract
-        caches = plan_caches(
-            contract, config.scheduler, config.kv_cache_memory_bytes, config.num_pages
-        )
-        scheduler = dataclasses.replace(config.scheduler, max_num_seqs=caches.num_slots)
+        scheduler = _within(config.scheduler, contract)
+        caches = plan_caches(contract, scheduler, config.kv_cache_memory_bytes, config.num_pages)
+        scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
         runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots)
         self.summary: dict[str, str] = {}
         """What was built, for `EngineReady`; filled by whoever built it."""
@@ -117,7 +134,8 @@ class EngineCore:
         except InvalidRequestError:
             self._free_rows.append(row)
             raise
-        state = RequestState(request, self._arrivals, row, self.max_model_len)
+        lengths = self._runner.contract.lengths
+        state = RequestState(request, self._arrivals, row, self.max_model_len, lengths)
         self._arrivals += 1
         self._requests[request.request_id] = state
         self._scheduler.add(state)
@@ -248,6 +266,9 @@ class EngineCore:
             self._stats.finished += 1
             self._end(state)
             output.metrics = state.metrics
+        elif state.starts_again():
+            self._scheduler.restart(state)
+            self._runner.release(state.request_id)
         self._outputs.append(output)
 
     def _fail(self, state: RequestState, reason: str) -> None:

@@ -33,6 +33,9 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     arrival_time: float = 0.0
     cache_salt: str | None = None
     """Requests share cached prefixes only with requests of the same salt."""
+    prefilled: int | None = None
+    """Leading tokens that were the prompt, if the others have been generated since; None: all.
+    It matters to models whose keys depend on the prompt's length."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):

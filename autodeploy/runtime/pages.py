@@ -26,9 +26,14 @@ def pages_needed(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def root_hash(cache_salt: str | None) -> bytes:
-    """The parent of a sequence's first page; different salts share nothing."""
+def root_hash(cache_salt: str | None, length: int = 1) -> bytes:
+    """The parent of a sequence's first page; different salts share nothing.
+
+    length: what tells keys apart whose tokens and positions are equal (`LengthRule.alike`).
+    """
     salt = b"" if cache_salt is None else b"salt " + cache_salt.encode()
+    if length != 1:
+        salt = b"length %d " % length + salt
     return hashlib.blake2b(salt, digest_size=16).digest()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from autodeploy.custom_ops.contract import LengthRule
+
 from .messages import EngineRequest, RequestMetrics, TokenLogprob
 from .pages import page_hash, root_hash
 
@@ -20,10 +22,12 @@ class RequestState:
         arrival: counts up; earlier requests of the same priority go first.
         row: its row in the sampler.
         max_model_len: tokens, prompt included, at which it ends by length.
+        lengths: how its keys depend on the length of its prompt; None if they do not.
     """
 
     __slots__ = (
         "_buffer",
+        "_lengths",
         "computed",
         "eos_token_ids",
         "finished",
@@ -33,6 +37,7 @@ class RequestState:
         "limit",
         "metrics",
         "min_known",
+        "prefilled",
         "prompt_logprobs",
         "prompt_tokens",
         "request",
@@ -41,7 +46,14 @@ class RequestState:
         "stop_token_ids",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, row: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        arrival: int,
+        row: int,
+        max_model_len: int,
+        lengths: LengthRule | None = None,
+    ) -> None:
         params = request.params
         self.request = request
         self.key = (request.priority, arrival)
@@ -51,6 +63,9 @@ class RequestState:
         """Its number among running requests; -1 while it waits."""
         self.finished = False
         self.prompt_tokens = self.known = len(request.prompt_token_ids)
+        self._lengths = lengths
+        self.prefilled = self._count_prefilled()
+        """Leading tokens whose keys are those of one prompt, however often they are computed."""
         self._buffer = np.array(request.prompt_token_ids, dtype=np.int64)
         self.computed = 0
         """Leading tokens whose keys, values and states are in the caches."""
@@ -99,6 +114,11 @@ class RequestState:
         """The position whose logits score the first prompt token without logprobs."""
         return len(self.prompt_logprobs or (None,)) - 1
 
+    @property
+    def key_length(self) -> int:
+        """What tells its keys from those of equal tokens in other requests; 1 if nothing does."""
+        return 1 if self._lengths is None else self._lengths.alike(self.prefilled)
+
     def append(self, token_id: int) -> None:
         """One more known token, not computed yet."""
         if self.known == len(self._buffer):
@@ -108,10 +128,24 @@ class RequestState:
         self._buffer[self.known] = token_id
         self.known += 1
 
+    def starts_again(self) -> bool:
+        """Whether the newest token makes all keys others than they were; True once."""
+        before, self.prefilled = self.prefilled, self._count_prefilled()
+        if self.prefilled == before:
+            return False
+        self.hashes = []
+        return True
+
+    def _count_prefilled(self) -> int:
+        first = self.request.prefilled or self.prompt_tokens
+        return first if self._lengths is None else self._lengths.prompt_tokens(first, self.known)
+
     def hash_pages(self, end: int, page_size: int) -> list[bytes]:
         """Hashes of at least the full pages among the first `end` tokens; each computed once."""
         for column in range(len(self.hashes), end // page_size):
-            parent = self.hashes[-1] if column else root_hash(self.request.cache_salt)
+            parent = (
+                self.hashes[-1] if column else root_hash(self.request.cache_salt, self.key_length)
+            )
             page = self._buffer[column * page_size : (column + 1) * page_size]
             self.hashes.append(page_hash(parent, page))
         return self.hashes

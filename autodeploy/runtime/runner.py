@@ -33,4 +33,4 @@ class ModelRunner(Protocol):
         """Logits [N, vocab] of `plan.sequences()`, one after the other; if `needs_requests`."""
 
     def release(self, request_id: str) -> None:
-        """The request is over; a runner that keeps nothing per request does nothing."""
+        """The request is over, or begins again; a runner that keeps nothing does nothing."""

@@ -138,6 +138,12 @@ class Scheduler:
         else:
             self._num_waiting -= 1
 
+    def restart(self, request: RequestState) -> None:
+        """All tokens of a running request are computed anew, from the next step on."""
+        del self.running[bisect_left(self.running, request.key, key=_by_key)]
+        self._free(request)
+        self.add(request)
+
     def schedule(self) -> StepPlan:
         """The next step, empty if there are no requests. Call `commit` once it has run."""
         self._plan.clear()

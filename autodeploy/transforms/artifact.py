@@ -8,6 +8,7 @@ is a torch operator, a Python builtin of a short list, or an implementation regi
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,15 +18,15 @@ import msgspec
 import torch
 from torch import fx
 
-from autodeploy.custom_ops.contract import CacheGroup, CacheInput, CacheSpec, Contract
+from autodeploy.custom_ops.contract import CacheGroup, CacheInput, CacheSpec, Contract, LengthRule
 from autodeploy.custom_ops.op import OPS
 
 from ..errors import TransformError
 from .compiled import CompiledProgram
 from .memory_pages import drop_memory_pages
-from .program import Program, sample_of
+from .program import Program, joined, sample_of
 
-FORMAT = 1
+FORMAT = 3
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -45,14 +46,22 @@ class StoredTensor(msgspec.Struct, array_like=True):
     data: bytes
 
 
+class StoredWeight(msgspec.Struct, array_like=True, frozen=True):
+    """Names of the tensors joined to make a weight, and how (see `Weight`)."""
+
+    pieces: tuple[str, ...]
+    shape: tuple[int, ...]
+    dimension: int
+
+
 class StoredProgram(msgspec.Struct):
     """Everything needed to run a program, but the checkpoint."""
 
     format: int
     nodes: list[list[Any]]
     """[name, kind, target, args, kwargs] in order."""
-    weights: dict[str, list[str]]
-    """Attribute -> names of the tensors joined to make it."""
+    weights: dict[str, StoredWeight]
+    """By attribute."""
     tensors: dict[str, StoredTensor]
     """Tensors that are in no checkpoint."""
     contract: dict[str, Any]
@@ -75,6 +84,8 @@ def store(
     """
     if program.function is not None:
         return "it is compiled; the compiler keeps its own artifacts"
+    if program.module_calls:
+        return "parts of the model run as their own code"
     pieces = {piece for weight in program.weights.values() for piece in weight.pieces}
     aliases = _tied(program, pieces, checkpoint)
     own: dict[str, StoredTensor] = {}
@@ -92,7 +103,10 @@ def store(
     except TransformError as error:
         return str(error)
     weights = {
-        name: [aliases.get(p, p) for p in weight.pieces] for name, weight in program.weights.items()
+        name: StoredWeight(
+            tuple(aliases.get(p, p) for p in weight.pieces), weight.shape, weight.dimension
+        )
+        for name, weight in program.weights.items()
     }
     stored = StoredProgram(
         FORMAT, nodes, weights, own, _contract_to_dict(program.contract), dict(facts)
@@ -128,11 +142,11 @@ def restore(
     """
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     contract = _contract_from_dict(stored.contract)
-    weights: dict[tuple[str, ...], torch.Tensor] = {}
-    for attribute, pieces in stored.weights.items():
-        if tuple(pieces) not in weights:
-            weights[tuple(pieces)] = _weight(stored, pieces, read_tensor).to(contract.device)
-        module.register_buffer(attribute, weights[tuple(pieces)])
+    weights: dict[StoredWeight, torch.Tensor] = {}
+    for attribute, weight in stored.weights.items():
+        if weight not in weights:
+            weights[weight] = _weight(stored, weight, read_tensor).to(contract.device)
+        module.register_buffer(attribute, weights[weight])
     total = sum(value.nbytes for value in weights.values())
     nodes: dict[str, fx.Node] = {}
     for name, kind, target, args, kwargs in stored.nodes:
@@ -149,15 +163,15 @@ def restore(
 
 
 def _weight(
-    stored: StoredProgram, pieces: list[str], read_tensor: Callable[[str], torch.Tensor]
+    stored: StoredProgram, weight: StoredWeight, read_tensor: Callable[[str], torch.Tensor]
 ) -> torch.Tensor:
     parts = [
         _tensor(stored.tensors[name]) if name in stored.tensors else read_tensor(name)
-        for name in pieces
+        for name in weight.pieces
     ]
     # A copy, always: a view into the file would keep all of it mapped, and what is joined
     # would count twice.
-    value = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+    value = joined(parts, weight.shape, weight.dimension) if len(parts) > 1 else parts[0].clone()
     for part in parts:
         drop_memory_pages(part)
     return value
@@ -270,8 +284,10 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "metadata": list(contract.metadata),
         "vocab_size": contract.vocab_size,
         "max_positions": contract.max_positions,
+        "max_tokens": contract.max_tokens,
         "device": str(contract.device),
         "dtype": _dtype_name(contract.dtype),
+        "lengths": None if contract.lengths is None else dataclasses.asdict(contract.lengths),
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -293,6 +309,7 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         )
         return CacheGroup(g["name"], g["per"], g["window"], members)
 
+    rule = data["lengths"]
     return Contract(
         metadata=tuple(data["metadata"]),
         groups=tuple(group(g) for g in data["groups"]),
@@ -300,4 +317,5 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         max_positions=data["max_positions"],
         device=torch.device(data["device"]),
         dtype=getattr(torch, data["dtype"]),
+        lengths=None if rule is None else LengthRule(**rule | {"steps": tuple(rule["steps"])}),
     )

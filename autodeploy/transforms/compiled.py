@@ -20,6 +20,8 @@ class CompiledProgram:
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     contract: Contract
+    module_calls: tuple[Any, ...] = ()
+    """Kept alive for the nodes that call them by name."""
 
     def __call__(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Step inputs and caches by name -> logits [N, vocab]."""
@@ -31,4 +33,6 @@ def compiled(program: Program) -> CompiledProgram:
     """The callable of a program that has been through its recipe."""
     program.graph_module.recompile()
     function = program.function or program.graph_module.forward
-    return CompiledProgram(function, tuple(program.inputs()), program.contract)
+    return CompiledProgram(
+        function, tuple(program.inputs()), program.contract, tuple(program.module_calls)
+    )

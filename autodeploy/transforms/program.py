@@ -38,12 +38,20 @@ class Fact(enum.Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the graph, made of checkpoint tensors joined along dimension 0."""
+    """A tensor of the graph, made of checkpoint tensors joined along one dimension."""
 
     pieces: tuple[str, ...]
     """Names in the weight source, in order; one piece is that tensor itself, not a copy."""
     shape: tuple[int, ...]
     dtype: torch.dtype
+    dimension: int = 0
+    """Along which pieces are joined, each first viewed as `shape` with a size of its own there."""
+
+
+def joined(pieces: list[torch.Tensor], shape: tuple[int, ...], dimension: int = 0) -> torch.Tensor:
+    """Several tensors as one new tensor (see `Weight`)."""
+    before, after = shape[:dimension], shape[dimension + 1 :]
+    return torch.cat([piece.reshape(*before, -1, *after) for piece in pieces], dimension)
 
 
 class WeightSource:
@@ -66,6 +74,12 @@ class WeightSource:
         self._samples: dict[str, torch.Tensor] = {}
         self._readers = Counter(_place(t) for t in tensors.values())
 
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor that a pass worked out, such as slopes read off a graph."""
+        self.originals[name] = tensor
+        self.derived |= {name}
+        self._readers[_place(tensor)] += 1
+
     def read(self, weight: Weight) -> torch.Tensor:
         """The weight's value; several pieces are joined into one new tensor.
 
@@ -76,7 +90,7 @@ class WeightSource:
         if missing:
             raise TransformError(f"weight '{missing[0]}' is not in the checkpoint")
         pieces = [self.originals[name] for name in weight.pieces]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else joined(pieces, weight.shape, weight.dimension)
 
     def sample(self, name: str) -> torch.Tensor:
         """Up to 64 elements spread over a tensor, also of one that was released."""
@@ -120,6 +134,8 @@ class Program:
     caches: list[CacheInput] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     """Notes a transform keeps between its own sites."""
+    module_calls: list[Any] = field(default_factory=list)
+    """What module nodes call (`custom_ops/module`): alive as long as the program."""
     function: Callable[..., Any] | None = None
     """What `compile` made of the graph; None: the graph module itself runs."""
 
@@ -198,7 +214,7 @@ class Program:
         """Interprets the graph as it stands, reading weights as needed: for checks, not speed."""
         if self.function is not None:
             return self.function(*[inputs[name] for name in self.inputs()])
-        return _Interpreter(self).run(*[inputs[name] for name in self.inputs()])
+        return Interpreter(self).run(*[inputs[name] for name in self.inputs()])
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -207,7 +223,9 @@ def has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or bool(op and op.mutates) or "mutates" in node.meta
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
+    """Runs a program's graph node by node, reading weights as they are needed."""
+
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
         self._program = program

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autodeploy.custom_ops.attention import attention, paged_attention
-from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.op import Choice, OpError
 
 FEATURES = {
     "plain": {},
@@ -172,6 +172,7 @@ LARGE = {
     "one kv head for all": (20, 1, 36, 20),
     "wide heads": (4, 4, 128, 64),
     "eight groups": (8, 1, 64, 64),
+    "heads of no power of two": (8, 2, 80, 80),
     "one kv head for very many": (80, 1, 24, 16),
 }
 
@@ -285,18 +286,67 @@ def test_caches_are_those_of_the_site():
 
 
 @pytest.mark.parametrize("name", implementations())
-def test_bfloat16_and_strided_inputs(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_sliced_out_of_a_projection(name, dtype):
     function = paged_attention.implementation(name).function
     generator = torch.Generator().manual_seed(2)
     lengths = [30, 3]
-    packed = torch.randn(33, (6 + 2 + 2) * 16, generator=generator).bfloat16()
+    packed = torch.randn(33, (6 + 2 + 2) * 16, generator=generator).to(dtype)
     q, k, v = (t.unflatten(-1, (-1, 16)) for t in packed.split([96, 32, 32], -1))
     assert not q.is_contiguous()
     cu_q = torch.tensor([0, 30, 33], dtype=torch.int32)
     expected = attention(q.float(), k.float(), v.float(), cu_q, 0.3)
-    found = run_in_chunks(function, q, k, v, lengths, [(29, 2), (1, 1)], 4, {}, generator)
-    assert found.dtype is torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+    def unsliced(q, k, v, *others):
+        # what the step brings keeps the stride of the projection it is a slice of
+        rows = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), -1)
+        heads = (t.unflatten(-1, (-1, 16)) for t in rows.split([96, 32, 32], -1))
+        return function(*heads, *others)
+
+    found = run_in_chunks(unsliced, q, k, v, lengths, [(29, 2), (1, 1)], 4, {}, generator)
+    assert found.dtype is dtype
+    close = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_caches_and_tables_that_are_slices_of_wider_ones(name, page_size):
+    function = paged_attention.implementation(name).function
+    generator = torch.Generator().manual_seed(3)
+    lengths = [40, 9]
+    q, k, v = tensors(49, (6, 2, 24, 16), generator)
+    expected = attention(q, k, v, torch.tensor([0, 40, 49], dtype=torch.int32), 0.3)
+    joined = torch.full((60, page_size, 2, 24 + 16), float("nan"))
+
+    def sliced(q, k, v, k_cache, v_cache, cu_q, kv_len, table, slot, *others):
+        wide = torch.cat((table, torch.full_like(table, 1 << 30)), 1)
+        assert not wide[:, : table.shape[1]].is_contiguous()
+        return function(
+            q, k, v, joined[..., :24], joined[..., 24:], cu_q, kv_len,
+            wide[:, : table.shape[1]], torch.stack((slot, slot), 1)[:, 0], *others,
+        )  # fmt: skip
+
+    schedule = [(38, 7), (1, 1), (1, 1)]
+    found = run_in_chunks(sliced, q, k, v, lengths, schedule, page_size, {}, generator)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("native_cpu" not in implementations(), reason="no C compiler")
+def test_a_cache_without_even_slots_is_refused():
+    function = paged_attention.implementation("native_cpu").function
+    q, index = torch.randn(1, 2, 16), torch.zeros(1, dtype=torch.int32)
+    cache = torch.zeros(3, 8, 2, 16)[:, :4]
+    with pytest.raises(OpError, match="slots cannot be addressed by one number"):
+        function(
+            q, q, q, cache, cache, torch.tensor([0, 1], dtype=torch.int32), index + 1,
+            index[None], index.long(), 0.3,
+        )  # fmt: skip
+
+
+def test_metadata_of_another_dtype_is_not_read_as_int32():
+    wide = choice().args | {"cu_q": torch.zeros(1, dtype=torch.int64)}
+    assert paged_attention.choose(Choice(torch.device("cpu"), wide)).name == "torch_cpu"
 
 
 def test_shape_rules_hold_for_any_number_of_tokens():

@@ -1,8 +1,11 @@
 """C kernels: compiled once, kept by what they are made of, and never missing in silence."""
 
+import ctypes
+import os
 import shutil
 import struct
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +88,39 @@ def test_a_kernel_that_does_not_compile_names_the_line_and_leaves_nothing(tmp_pa
     with pytest.raises(NativeError, match=r"failed on kernel\.c: .*'missing'|kernel\.c"):
         kernel(b"")
     assert libraries(tmp_path) == []
+
+
+@needs_compiler
+def test_a_compiler_that_fails_leaves_the_work_to_the_next(tmp_path, monkeypatch):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    broken = programs / "cc"
+    broken.write_text("#!/bin/sh\necho no licence >&2\nexit 1\n")
+    broken.chmod(0o755)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(programs))
+    kernel = Kernel(write(tmp_path, DOUBLE), "twice")
+    with pytest.raises(NativeError, match=r"failed on kernel\.c: no licence; install a C11"):
+        kernel(b"")
+    (programs / "gcc").symlink_to(shutil.which("cc", path=path))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{path}")
+    native._library.cache_clear()
+    values = torch.ones(3)
+    kernel(struct.pack("Qq", values.data_ptr(), 3))
+    assert values.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_of_several_openmp_runtimes_the_one_of_torch_is_linked(tmp_path):
+    native._openmp_runtime.cache_clear()
+    own = native._openmp_runtime()
+    if own is None or not str(own).startswith(str(Path(torch.__file__).parent)):
+        pytest.skip("torch brings no libgomp of its own")
+    other = tmp_path / "libgomp.so.1"
+    shutil.copy(own, other)
+    ctypes.CDLL(str(other))
+    native._openmp_runtime.cache_clear()
+    assert str(other) in Path("/proc/self/maps").read_text()
+    assert native._openmp_runtime() == own
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from autodeploy.config import DeployConfig
 from autodeploy.errors import (
     EmptyPromptError,
     EngineDeadError,
+    EngineError,
     InvalidRequestError,
     SamplingParamsError,
 )
@@ -142,9 +143,44 @@ async def test_a_request_id_is_taken_only_while_it_runs(engine):
     assert (await collect(engine.generate("the", GREEDY, "mine")))[-1].finished
 
 
-async def test_chat_streams(engine):
-    parts = await collect(engine.chat([{"role": "user", "content": "fox"}], GREEDY))
-    assert parts[-1].finished
+async def test_chat_streams_one_conversation(engine, llm):
+    message = [{"role": "user", "content": "fox"}]
+    parts = await collect(engine.chat(message, GREEDY))
+    expected = llm.chat(message, GREEDY)[0].outputs[0].text
+    assert "".join(p.outputs[0].text for p in parts) == expected
+    with pytest.raises(InvalidRequestError, match="takes one conversation, not 2"):
+        engine.chat([message, message], GREEDY)
+
+
+async def test_a_request_that_fails_leaves_the_other_streams_untouched(poisoned, llm):
+    expected = llm.generate("the", LONG)[0].outputs[0].text
+    async with AsyncLLM.from_parts(Shared(poisoned._executor), poisoned.tokenizer) as engine:
+        running = asyncio.create_task(collect(engine.generate("the", LONG)))
+        await until(lambda: engine.open_requests == 1)
+        with pytest.raises(EngineError, match="NaN"):
+            await collect(engine.generate([5, 77], GREEDY))
+        assert "".join(p.outputs[0].text for p in await running) == expected
+        await free(engine)
+
+
+class Shared:
+    """An executor that others go on using after a front is shut down."""
+
+    def __init__(self, executor):
+        self._executor = executor
+
+    def __getattr__(self, name):
+        return getattr(self._executor, name)
+
+    def shutdown(self):
+        pass
+
+
+async def test_several_calls_of_shutdown_all_wait_for_the_end(model):
+    executor = InProcessExecutor(lambda: build_engine(DeployConfig(model)))
+    engine = AsyncLLM.from_parts(executor)
+    await asyncio.gather(*(engine.shutdown() for _ in range(3)))
+    assert not engine._thread.is_alive()
 
 
 async def test_an_engine_that_fails_ends_every_stream_and_refuses_new_ones(engine, monkeypatch):

@@ -16,6 +16,8 @@ def pieces_of(detokenizer, batches):
         before = len(detokenizer.text)
         detokenizer.append(batch)
         shown.append(detokenizer.text[before:])
+        if detokenizer.stop_reason:
+            break
     before = len(detokenizer.text)
     shown.append(detokenizer.finish()[before:])
     return shown
@@ -38,6 +40,40 @@ def test_pieces_join_to_the_whole_text_and_are_whole_characters(kind, text, cuts
     assert "".join(shown) == whole
     if "�" not in whole:
         assert all("�" not in piece for piece in shown)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=100, deadline=None)
+@given(
+    prompt=st.text(max_size=12), text=st.text(min_size=1, max_size=30),
+    cuts=st.lists(st.integers(0, 200), max_size=20),
+    places=st.lists(st.tuples(st.integers(0, 29), st.integers(1, 5)), min_size=1, max_size=3),
+)  # fmt: skip
+def test_stop_strings_cut_any_text_where_the_first_is_complete(kind, prompt, text, cuts, places):
+    tokenizer = TOKENIZERS[kind]
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
+    stops = [s for at, size in places if (s := whole[at : at + size]) and "�" not in s]
+    detokenizer = Detokenizer(tokenizer, before, stop=stops)
+    shown = "".join(pieces_of(detokenizer, split(ids, cuts)))
+    found = sorted((whole.index(s) + len(s), whole.index(s), s) for s in stops)
+    if found:
+        assert (shown, detokenizer.stop_reason) == (whole[: found[0][1]], found[0][2])
+    else:
+        assert (shown, detokenizer.stop_reason) == (whole, None)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 299), max_size=31))
+def test_tokens_that_make_no_text_or_half_characters_lose_nothing(skip, ids):
+    # Byte fallback turns valid bytes next to broken ones into � when seen together, not when
+    # they come one by one; bytes of a byte-level vocabulary never do.
+    tokenizer = TOKENIZERS["byte level"]
+    detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=skip)
+    shown = "".join(pieces_of(detokenizer, [[i] for i in ids]))
+    assert shown == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 def test_a_character_of_many_tokens_comes_at_once():

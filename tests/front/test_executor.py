@@ -1,6 +1,5 @@
 """The engine in a worker process: the same tokens, and a death that everybody hears of."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autodeploy import AsyncLLM, SamplingParams, deploy
+from autodeploy import SamplingParams, deploy
 from autodeploy.build import build_engine
 from autodeploy.config import DeployConfig
 from autodeploy.errors import CheckpointError, EngineDeadError, UnknownTokenError
@@ -34,11 +33,9 @@ def alive(pid):
     return Path(f"/proc/{pid}/status").read_text().split("State:")[1].split()[0] != "Z"
 
 
-@pytest.fixture(scope="module")
-def worker(model):
-    executor = WorkerExecutor(partial(build_engine, DeployConfig(model)))
-    yield executor
-    executor.shutdown()
+@pytest.fixture
+def worker(process_llm):
+    return process_llm._executor
 
 
 def poll_until_done(executor, request_ids):
@@ -83,31 +80,40 @@ def test_an_aborted_request_ends_with_abort(worker):
     worker.abort(["long", "unknown"])
 
 
-def test_a_worker_that_is_killed_ends_every_request_and_cleans_up(model):
-    before = set(Path(tempfile.gettempdir()).glob("autodeploy-*"))
-    llm = deploy(model, executor="process")
-    pid = llm._executor.pid
-    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
-    started = time.monotonic()
-    with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
-        while True:
-            llm.generate([[5, 6], [7, 8]], LONG)
-    assert time.monotonic() - started < 10
-    with pytest.raises(EngineDeadError):
-        llm.generate([5], GREEDY)
-    llm.shutdown()
-    assert set(Path(tempfile.gettempdir()).glob("autodeploy-*")) <= before
+def test_text_chat_and_counters_are_those_of_an_engine_in_process(process_llm, llm):
+    params = GREEDY.clone(stop=["e"], logprobs=2, prompt_logprobs=1)
+    for prompt in ("the quick brown", "fox"):
+        (here,), (there,) = llm.generate(prompt, params), process_llm.generate(prompt, params)
+        assert there.outputs == here.outputs
+        assert there.prompt_logprobs == here.prompt_logprobs
+    message = [{"role": "user", "content": "fox"}]
+    assert process_llm.chat(message, GREEDY)[0].outputs == llm.chat(message, GREEDY)[0].outputs
+    stats = process_llm.stats
+    assert stats.step > 0
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
 
 
-async def test_streams_hear_of_a_killed_worker(model):
-    engine = AsyncLLM(model, executor="process")
-    killed = False
-    with pytest.raises(EngineDeadError, match="SIGKILL"):
-        async for _ in engine.generate([5, 6], LONG):
-            if not killed:
-                killed = True
-                os.kill(engine._executor.pid, signal.SIGKILL)
-    await asyncio.wait_for(engine.shutdown(), 20)
+def test_a_checkpoint_in_a_worker_that_is_killed(model, llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    model.save_pretrained(tmp_path / "checkpoint")
+    with deploy(tmp_path / "checkpoint", executor="process") as other:
+        prompts = [[5, 6], [7, 8, 9]]
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)]
+        assert [o.outputs[0].token_ids for o in other.generate(prompts, GREEDY)] == expected
+        threading.Timer(0.3, os.kill, (other._executor.pid, signal.SIGKILL)).start()
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+            while True:
+                other.generate(prompts, LONG)
+        assert time.monotonic() - started < 10
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+                other.generate([5], GREEDY)
+    with pytest.raises(EngineDeadError, match="was shut down"):
+        other.generate([5], GREEDY)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_build_that_fails_is_raised_as_what_it_was(tmp_path):
@@ -120,32 +126,39 @@ def fail_to_build():
     raise ZeroDivisionError("while building")
 
 
-def test_an_unexpected_error_in_the_worker_names_itself():
-    with pytest.raises(EngineDeadError, match="ZeroDivisionError: while building"):
+def test_an_unexpected_error_in_the_worker_names_itself_and_is_told_once(capfd):
+    with pytest.raises(EngineDeadError, match=r"test_executor.py:\d+: ZeroDivisionError: while"):
         WorkerExecutor(fail_to_build)
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_the_worker_ends_when_its_parent_is_gone():
-    code = (
-        "import sys, time\n"
-        "from functools import partial\n"
-        "from autodeploy.build import build_engine\n"
-        "from autodeploy.config import DeployConfig\n"
-        "from autodeploy.runtime.executor import WorkerExecutor\n"
-        "if __name__ == '__main__':\n"
-        "    w = WorkerExecutor(partial(build_engine, DeployConfig('examples/demo_model')))\n"
-        "    print(w.pid, flush=True)\n"
-        "    time.sleep(60)\n"
-    )
+PARENT = """
+import multiprocessing, threading, time
+from functools import partial
+from autodeploy.runtime.executor import WorkerExecutor
+
+def tell():
+    while not multiprocessing.active_children():
+        time.sleep(0.01)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+
+threading.Thread(target=tell).start()
+WorkerExecutor(partial(time.sleep, 60))
+"""
+
+
+def test_a_worker_ends_with_its_parent_even_while_it_builds(tmp_path):
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     pid = int(parent.stdout.readline())
     assert alive(pid)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while alive(pid):
         assert time.monotonic() < deadline, "the worker outlives its parent"
         time.sleep(0.1)
+    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from autodeploy import LLM, AsyncLLM, SamplingParams, deploy
 from autodeploy.build import build_engine
 from autodeploy.config import DeployConfig
 from autodeploy.errors import CheckpointError, ConfigError, EngineDeadError, UnknownTokenError
-from autodeploy.runtime.executor import InProcessExecutor, WorkerExecutor
+from autodeploy.runtime.executor import InProcessExecutor
 from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -24,11 +24,9 @@ LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=[InProcessExecutor, WorkerExecutor])
-def executor(request, model):
-    started = request.param(partial(build_engine, DeployConfig(model)))
-    yield started
-    started.shutdown()
+@pytest.fixture(params=["llm", "process_llm"])
+def executor(request):
+    return request.getfixturevalue(request.param)._executor
 
 
 def request(name, prompt, params=GREEDY):
@@ -87,10 +85,30 @@ def test_ctrl_c_waits_for_the_end_of_the_step(model, monkeypatch):
     executor.shutdown()
 
 
-def test_ctrl_c_of_the_terminal_does_not_end_the_worker(model):
-    with deploy(model, executor="process") as llm:
-        os.kill(llm._executor.pid, signal.SIGINT)
-        assert len(llm.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 6
+def test_ctrl_c_of_the_terminal_does_not_end_the_worker(process_llm):
+    os.kill(process_llm._executor.pid, signal.SIGINT)
+    assert len(process_llm.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 6
+
+
+@pytest.mark.parametrize("when", ["submit", "poll"])
+def test_ctrl_c_at_any_call_leaves_nothing_in_the_engine(executor, when, monkeypatch):
+    llm = LLM.from_parts(executor)
+    plain, calls = getattr(executor, when), []
+
+    def interrupted(argument):
+        result = plain(argument)
+        calls.append(argument)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(executor, when, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7], [8, 9], [3]], LONG)
+    monkeypatch.undo()
+    assert len(llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids) == 6
+    assert (llm.stats.running, llm.stats.waiting, llm.stats.pages_used) == (0, 0, 0)
+    llm._closed = True  # the executor is everybody's
 
 
 def test_threads_that_share_an_llm_each_get_their_own_tokens(llm):
@@ -205,23 +223,49 @@ from autodeploy import LLM, SamplingParams
 """
 
 
-def run_script(tmp_path, guard):
+def run_script(tmp_path, code, **environment):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(guard=guard))
+    script.write_text(code)
     return subprocess.run(
         [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
 
 def test_a_script_that_never_shuts_down_ends_all_the_same(tmp_path):
-    done = run_script(tmp_path, "if __name__ == '__main__':")
+    done = run_script(tmp_path, SCRIPT.format(guard="if __name__ == '__main__':"))
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert "Error" not in done.stderr
 
 
+KILLED = """
+import asyncio, os, signal
+from autodeploy import AsyncLLM, SamplingParams
+from autodeploy.errors import EngineDeadError
+
+async def main():
+    llm = AsyncLLM("examples/demo_model", executor="process", max_model_len=64)
+    try:
+        async for _ in llm.generate([5, 6], SamplingParams(max_tokens=50, ignore_eos=True)):
+            os.kill(llm._executor.pid, signal.SIGKILL)
+    except EngineDeadError as error:
+        print(error)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_a_script_whose_worker_is_killed_ends_without_a_word_more(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    done = run_script(tmp_path, KILLED, TMPDIR=str(tmp_path / "temporary"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "was killed by SIGKILL" in done.stdout
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
-    done = run_script(tmp_path, "if True:")
+    done = run_script(tmp_path, SCRIPT.format(guard="if True:"))
     assert done.returncode == 1
     assert "EngineDeadError" in done.stderr.splitlines()[-1]
     assert "if __name__ == '__main__':" in done.stderr.splitlines()[-1]

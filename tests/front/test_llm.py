@@ -1,23 +1,14 @@
 """LLM: what users of vLLM and TensorRT-LLM expect of it."""
 
-import logging
-
 import pytest
 import torch
 from conftest import pages_used
-from toy_tokenizers import byte_level
 
-from autodeploy import LLM, BeamSearchParams, SamplingParams, deploy
+from autodeploy import LLM, SamplingParams, deploy
 from autodeploy.errors import (
-    ConfigError,
-    EmptyPromptError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
-    PromptTooLongError,
-    RecipeError,
-    SamplingParamsError,
-    UnknownTokenError,
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -75,6 +66,30 @@ def test_n_sequences_differ_and_the_first_is_that_of_one(llm):
     assert len({tuple(c.token_ids) for c in many.outputs}) == 3
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        SamplingParams(seed=11, max_tokens=10, ignore_eos=True, temperature=1.5),
+        SamplingParams(seed=11, max_tokens=10, ignore_eos=True, top_p=0.8, repetition_penalty=1.3),
+        SamplingParams(seed=11, max_tokens=10, ignore_eos=True, top_k=20, n=3, logprobs=1),
+    ],
+    ids=["hot", "top p", "three"],
+)
+def test_a_request_alone_and_among_ten_others(llm, own):
+    def sequences(output):
+        return [c.token_ids for c in output.outputs]
+
+    alone = sequences(llm.generate([5, 6, 7], own)[0])
+    others = [SamplingParams(seed=i, max_tokens=3 + i, n=1 + i % 2) for i in range(10)]
+    prompts = [[3 + i] * (1 + 3 * i) for i in range(10)]
+    for place in (0, 4, 10):
+        outputs = llm.generate(
+            [*prompts[:place], [5, 6, 7], *prompts[place:]],
+            [*others[:place], own, *others[place:]],
+        )
+        assert sequences(outputs[place]) == alone
+
+
 def test_the_seed_of_the_llm_makes_unseeded_requests_repeatable(model):
     def run(seed):
         with deploy(model, seed=seed) as fresh:
@@ -97,6 +112,53 @@ def test_a_stop_string_cuts_text_and_tokens(llm, tokenizer):
     included = params.clone(include_stop_str_in_output=True)
     assert llm.generate("the quick", included)[0].outputs[0].text.endswith(stop)
     assert pages_used(llm) == 0
+
+
+@pytest.mark.parametrize("stop", ["größ", "日本", "🎉", "é", "e<", "x"])
+def test_stop_strings_of_any_characters_over_any_tokens(llm, tokenizer, stop):
+    text = "a café – größer 日本語 🎉!<x"
+    forced = tokenizer(text, add_special_tokens=False)["input_ids"]
+    at = text.find(stop)
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=len(forced), ignore_eos=True, stop=[stop],
+            include_stop_str_in_output=include, logprobs=0,
+        )  # fmt: skip
+        made = follow(llm, forced, params)
+        end = len(text) if at < 0 else at + (len(stop) if include else 0)
+        assert made.text == text[:end]
+        assert (made.finish_reason, made.stop_reason) == (
+            ("length", None) if at < 0 else ("stop", stop)
+        )
+        if at >= 0:
+            assert stop in tokenizer.decode(made.token_ids)
+            assert stop not in tokenizer.decode(made.token_ids[:-1])
+        assert len(made.logprobs) == len(made.token_ids)
+    assert pages_used(llm) == 0
+
+
+def follow(llm, forced, params):
+    """The completion of a request whose tokens are given, as if the model had chosen them."""
+    engine = llm._executor._engine
+    rows, sample = {}, engine._sampler.sample
+    add = engine._sampler.add
+
+    def remember(row, request):
+        rows[row] = 0
+        add(row, request)
+
+    def sample_forced(logits, index):
+        for place, row in enumerate(index):
+            logits[place] = 0.0
+            logits[place, forced[rows[row]]] = 50.0
+            rows[row] += 1
+        return sample(logits, index)
+
+    engine._sampler.add, engine._sampler.sample = remember, sample_forced
+    try:
+        return llm.generate([5, 6], params)[0].outputs[0]
+    finally:
+        del engine._sampler.add, engine._sampler.sample
 
 
 def test_stop_tokens_and_eos_end_a_sequence_unless_ignored(llm, model):
@@ -168,149 +230,41 @@ def test_chat_uses_the_template_of_the_tokenizer(llm, tokenizer):
     assert output.prompt == "user: the fox\nassistant: "
     both = llm.chat([messages, messages[:1]], GREEDY)
     assert tokens(both) == tokens([output]) * 2
-    with pytest.raises(InvalidRequestError, match="no such role"):
-        llm.chat([{"role": "nobody", "content": ""}], GREEDY)
-    with pytest.raises(InvalidRequestError, match="'role' and 'content'"):
-        llm.chat([{"content": "x"}], GREEDY)
-
-
-def test_beams_are_those_of_an_exhaustive_search(llm, model):
-    prompt, width, steps = [5, 6, 7], 3, 4
-    beams = [(0.0, prompt)]
-    for _ in range(steps):
-        grown = []
-        for score, ids in beams:
-            with torch.no_grad():
-                row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            grown += [(score + float(row[t]), [*ids, t]) for t in range(300)]
-        beams = sorted(grown, reverse=True)[:width]
-    params = BeamSearchParams(beam_width=width, max_tokens=steps, ignore_eos=True)
-    found = llm.beam_search([prompt], params)[0].sequences
-    assert [s.tokens for s in found] == [ids for _, ids in beams]
-    for sequence, (score, _) in zip(found, beams, strict=True):
-        assert sequence.cum_logprob == pytest.approx(score, abs=1e-4)
-        assert sequence.text is not None
-
-
-def test_a_beam_that_ends_is_kept_with_its_score(model, tokenizer):
-    ending = greedy_continuation(model, [5, 6, 7], 2)[1]
-    model.generation_config.eos_token_id = ending
-    try:
-        with deploy(model, tokenizer=tokenizer) as other:
-            params = BeamSearchParams(beam_width=4, max_tokens=4, length_penalty=0.0)
-            sequences = other.beam_search([[5, 6, 7]], params)[0].sequences
-    finally:
-        model.generation_config.eos_token_id = 1
-    for sequence in sequences:
-        ended = sequence.tokens[-1] == ending
-        assert sequence.finish_reason == ("stop" if ended else "length")
-        assert ending not in sequence.tokens[3:-1]
-    assert any(s.finish_reason == "stop" for s in sequences)
-
-
-class TestDefaults:
-    def test_without_params_the_checkpoint_decides_and_says_so_once(self, model, caplog):
-        changed = model.generation_config
-        changed.temperature, changed.top_k, changed.max_new_tokens = 0.5, 7, 3
-        try:
-            with caplog.at_level(logging.INFO, "autodeploy"), deploy(model) as other:
-                params = other.get_default_sampling_params()
-                assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 7, 3)
-                assert len(other.generate([5, 6])[0].outputs[0].token_ids) <= 3
-        finally:
-            changed.temperature = changed.top_k = changed.max_new_tokens = None
-        lines = [r.getMessage() for r in caplog.records if "sampling defaults" in r.getMessage()]
-        assert len(lines) == 1
-        assert "temperature=0.5, top_k=7, max_tokens=3" in lines[0]
-
-    def test_else_they_are_those_of_vllm(self, llm):
-        params = llm.get_default_sampling_params()
-        assert (params.temperature, params.max_tokens, params.top_p) == (1.0, 16, 1.0)
-
-
-class TestBadInput:
-    """Each is refused by its own type with a sentence that says what to change."""
-
-    @pytest.mark.parametrize(
-        ("prompt", "error", "message"),
-        [
-            ([[]], EmptyPromptError, "prompt 0 has no tokens; give at least one"),
-            ("", EmptyPromptError, "no tokens"),
-            ([[3] * 300], PromptTooLongError, "300 tokens; sequences hold 256"),
-            ([[3, 4], [3, 300]], UnknownTokenError, "prompt 1: token id 300 .* use 0 to 299"),
-            ([[3, -1]], UnknownTokenError, "token id -1"),
-            ([{"promt": "x"}], InvalidRequestError, "'prompt' or 'prompt_token_ids', not promt"),
-            ([3.5], InvalidRequestError, "flat list of integers"),
-            (7, InvalidRequestError, "not int"),
-        ],
-    )
-    def test_prompts(self, llm, prompt, error, message):
-        with pytest.raises(error, match=message):
-            llm.generate(prompt, GREEDY)
-        assert pages_used(llm) == 0
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"temperature": float("nan")}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5},
-            {"top_k": -2}, {"min_p": -1.0}, {"n": 0}, {"max_tokens": 0}, {"logprobs": -1},
-            {"min_tokens": 9, "max_tokens": 3}, {"repetition_penalty": 0.0}, {"stop": [""]},
-            {"n": 2, "temperature": 0.0}, {"allowed_token_ids": []},
-        ],
-        ids=str,
+    asked = llm.chat(
+        messages, GREEDY, add_generation_prompt=False,
+        chat_template="{{ greeting }} {{ messages[0].content }}",
+        chat_template_kwargs={"greeting": "hello"},
     )  # fmt: skip
-    def test_sampling_values(self, values):
-        with pytest.raises(SamplingParamsError):
-            SamplingParams(**values)
-
-    def test_an_unknown_field_is_refused(self):
-        with pytest.raises(TypeError, match="temprature"):
-            SamplingParams(temprature=1.0)
-
-    def test_options_and_recipes_before_anything_is_loaded(self, model):
-        with pytest.raises(ConfigError, match="no option 'max_model_length'.*'max_model_len'"):
-            deploy(model, max_model_length=3)
-        with pytest.raises(ConfigError, match="max_num_seqs must be a positive integer, not 0"):
-            deploy("no/such/checkpoint", max_num_seqs=0)
-        with pytest.raises(RecipeError, match="did you mean 'steps'"):
-            deploy("no/such/checkpoint", recipe={"step": []})
-        with pytest.raises(RecipeError, match="needs FUNCTIONAL"):
-            deploy("no/such/checkpoint", recipe={"steps": ["canonicalize", "cache", "canonicalize"]}
-                   | {"steps": ["canonicalize", "cache", "fuse_parallel_linears"]})  # fmt: skip
-
-    def test_text_without_a_tokenizer_and_chat_without_a_template(self, model):
-        with deploy(model) as plain, deploy(model, tokenizer=byte_level()) as untemplated:
-            with pytest.raises(InvalidRequestError, match="pass tokenizer="):
-                plain.generate("text")
-            with pytest.raises(InvalidRequestError, match="no chat template"):
-                untemplated.chat([{"role": "user", "content": "x"}])
-
-    def test_one_bad_prompt_submits_none_and_a_list_of_params_must_match(self, llm):
-        before = llm._executor._engine.stats().finished
-        with pytest.raises(EmptyPromptError, match="prompt 2"):
-            llm.generate([[3], [4], []], GREEDY)
-        with pytest.raises(ConfigError, match="3 prompts, but 2 SamplingParams"):
-            llm.generate([[3], [4], [5]], [GREEDY, GREEDY])
-        assert llm._executor._engine.stats().finished == before
+    assert asked[0].prompt == "hello the fox"
 
 
-def test_a_request_with_nan_logits_fails_alone(model):
-    poisoned = model.get_input_embeddings().weight
-    kept = poisoned[77].detach().clone()
-    with torch.no_grad():
-        poisoned[77] = float("nan")
-    try:
-        with deploy(model) as other:
-            outputs = other.generate([[5, 6], [5, 77], [8, 9]], GREEDY)
-            assert [o.error is None for o in outputs] == [True, False, True]
-            assert outputs[1].outputs[0].finish_reason == "error"
-            assert len(outputs[0].outputs[0].token_ids) == 6
-            with pytest.raises(EngineError, match="not numbers|NaN"):
-                other.generate([5, 77], GREEDY)
-            assert len(other.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 6
-    finally:
-        with torch.no_grad():
-            poisoned[77] = kept
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "nobody", "content": ""}], "no such role"),
+        ([{"content": "x"}], "'role' and 'content'"),
+        ([], "not empty"),
+        ([[]], "not empty"),
+        ([[{"role": "user", "content": "x"}], {"role": "user"}], "a conversation is a list"),
+        ("hello", "a list of {'role', 'content'} dicts"),
+        ([{"role": "user", "content": "\ud800"}], "the chat template refuses"),
+    ],
+    ids=range(7),
+)
+def test_messages_that_are_none(llm, messages, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.chat(messages, GREEDY)
+
+
+def test_a_request_with_nan_logits_fails_alone(poisoned):
+    outputs = poisoned.generate([[5, 6], [5, 77], [8, 9]], GREEDY)
+    assert [o.error is None for o in outputs] == [True, False, True]
+    assert outputs[1].outputs[0].finish_reason == "error"
+    alone = [poisoned.generate(p, GREEDY)[0] for p in ([5, 6], [8, 9])]
+    assert tokens(outputs[::2]) == tokens(alone)
+    with pytest.raises(EngineError, match="NaN"):
+        poisoned.generate([5, 77], GREEDY)
+    assert pages_used(poisoned) == 0
 
 
 def test_ctrl_c_leaves_nothing_behind(llm, monkeypatch):

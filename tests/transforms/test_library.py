@@ -219,9 +219,9 @@ class TestPipeline:
         run_recipe(capture(llama), load_recipe("default"), dump_graphs=tmp_path)
         names = sorted(p.name for p in tmp_path.iterdir())
         assert names[0] == "00_captured.txt"
-        assert names[-1] == "07_compile.txt"
-        before = (tmp_path / "03_fuse_parallel_linears.txt").read_text()
-        after = (tmp_path / "04_cache.txt").read_text()
+        assert names[-1] == "08_compile.txt"
+        before = (tmp_path / "04_fuse_parallel_linears.txt").read_text()
+        after = (tmp_path / "05_cache.txt").read_text()
         assert "autodeploy.attention(" in before
         assert "autodeploy.paged_attention(" in after
         assert "# model.layers.1.self_attn" in after

@@ -4,6 +4,16 @@ from . import native_cpu as _native_cpu  # noqa: F401 - registers the implementa
 from . import torch_cpu as _torch_cpu  # noqa: F401 - registers the implementation
 from .attention import attention
 from .cache_mark import cache_mark
+from .cached_latent_attention import cached_latent_attention
+from .latent_attention import latent_attention
+from .packed_mask import packed_mask
 from .paged_attention import paged_attention
 
-__all__ = ["attention", "cache_mark", "paged_attention"]
+__all__ = [
+    "attention",
+    "cache_mark",
+    "cached_latent_attention",
+    "latent_attention",
+    "packed_mask",
+    "paged_attention",
+]

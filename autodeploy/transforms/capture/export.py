@@ -1,7 +1,8 @@
 """From a live model to a Program: one packed graph, with the hooks of this folder in place.
 
 The graph takes `input_ids[1, T]`, `position_ids[1, T]`, `cu_q[B + 1]` and `logit_index[N]`, all
-dynamic from 1 up, and returns logits [N, vocab]. Nothing of the model is copied, so a model on
+dynamic from 1 up, and returns logits [N, vocab]; models whose keys depend on the prompt's length
+take `known_len[1, T]` besides. Nothing of the model is copied, so a model on
 the meta device or under FakeTensorMode captures just as well. A graph that carries any guard
 beyond equal input sizes is refused: such a graph is right at one length and wrong at another.
 """
@@ -9,31 +10,43 @@ beyond equal input sizes is refused: such a graph is right at one length and wro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
-from autodeploy.custom_ops.contract import METADATA, Contract
+from autodeploy.custom_ops.contract import METADATA, Contract, LengthRule
 
 from ...errors import CaptureError, UnsupportedModelError
 from ..program import Fact, Program, Weight, WeightSource
 from .attention import intercept_attention
 from .boundaries import boundaries
 from .cache_marker import MarkerCache
+from .expert_loops import intercept_expert_loops
 from .experts import intercept_experts
+from .guards import LEAST_LIMIT, most_tokens
 from .interception import Interception, interception
+from .joined_weights import join_weights
+from .length_rule import length_rule
 from .norms import intercept_norms
+from .own_attention import recognise_attention
+from .own_modules import OwnModule, intercept_own_modules
+from .position_counts import use_position_ids
+from .positions import max_positions
+from .rope_lengths import intercept_lengths, length_rotaries
 from .rotary import intercept_rotary
 from .sequence_functions import intercept_sequence_functions
+from .widen import widen
 
 MAX_TOKENS = 1 << 20
 # 37 sequences of 2 tokens, 41 of which want logits: no two sizes alike (see library/cache.py).
@@ -49,17 +62,24 @@ class CaptureOptions:
     norms: bool = True
     rotary: bool = True
     experts: bool = True
+    positions: bool = True
+    """Give the model `position_ids`, if it takes any, rather than have it count its own."""
+    configured: bool = False
+    """Take the place of the attention the config names, rather than name one of our own: for code
+    that asks its config which attention it is to compute."""
     cache_marker: bool = False
     """Leave a `cache_mark` node where each attention layer would update the model's own cache."""
+    own_modules: Mapping[str, OwnModule] = field(default_factory=dict)
+    """Parts that become one node each, which calls their own code."""
 
 
 class Packed(nn.Module):
     """A model as a function of packed tokens and their boundaries."""
 
-    def __init__(self, model: nn.Module, cache_marker: bool = False) -> None:
+    def __init__(self, model: nn.Module, options: CaptureOptions) -> None:
         super().__init__()
         self.model = model
-        self.cache_marker = cache_marker
+        self.options = options
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
 
     def forward(
@@ -68,15 +88,16 @@ class Packed(nn.Module):
         position_ids: torch.Tensor,
         cu_q: torch.Tensor,
         logit_index: torch.Tensor,
+        known_len: torch.Tensor | None = None,
     ) -> torch.Tensor:
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if self.cache_marker:
+        if self.options.cache_marker:
             arguments |= {"use_cache": True, "past_key_values": MarkerCache()}
-        if "position_ids" in self.accepted:
+        if self.options.positions and "position_ids" in self.accepted:
             arguments["position_ids"] = position_ids
         if "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = logit_index
-        with boundaries(cu_q):
+        with boundaries(cu_q, known_len):
             logits = self.model(**arguments).logits.squeeze(0)
         return logits if "logits_to_keep" in self.accepted else logits.index_select(0, logit_index)
 
@@ -95,14 +116,26 @@ def capture(
     """
     check_causal(model)
     options = options or CaptureOptions()
+    rule = length_rule(model, length_rotaries(model))
     with warnings.catch_warnings():
         # torch's own pytree warns about itself, and about state that is put back on exit.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        with captured_state(model, options):
-            exported = _export(Packed(model, options.cache_marker))
-        _check_guards(exported)
-        return _to_program(exported.run_decompositions({}), model, owned)
+        longest = max_positions(model)
+        with captured_state(model, options) as scope:
+            calls = intercept_own_modules(scope, model, options.own_modules)
+            exported, bounded = _export(Packed(model, options), rule is not None, longest)
+        limit = most_tokens(exported, min(LEAST_LIMIT, longest or LEAST_LIMIT))
+        program = _to_program(exported.run_decompositions({}), model, owned, rule)
+        join_weights(program)
+        recognise_attention(program)
+        use_position_ids(program)
+        if bounded:
+            widen(program, MAX_TOKENS)
+            limit = None
+    program.module_calls = calls
+    program.contract = dataclasses.replace(program.contract, max_tokens=limit)
+    return program
 
 
 def check_causal(model: nn.Module) -> None:
@@ -145,10 +178,12 @@ def captured_state(model: nn.Module, options: CaptureOptions) -> Iterator[Interc
         # Some models keep state on themselves while they run: under export, fake tensors.
         for module in model.modules():
             scope.keep_attributes(module)
-        intercept_attention(scope, model)
+        intercept_attention(scope, model, options.configured)
         intercept_sequence_functions(scope, model)
+        intercept_lengths(scope, length_rotaries(model))
         if options.experts:
             intercept_experts(scope, model)
+            intercept_expert_loops(scope, model)
         if options.norms:
             intercept_norms(scope, model)
         if options.rotary:
@@ -158,29 +193,71 @@ def captured_state(model: nn.Module, options: CaptureOptions) -> Iterator[Interc
         yield scope
 
 
-def _export(packed: Packed) -> ExportedProgram:
+def _export(
+    packed: Packed, takes_lengths: bool, longest: int | None
+) -> tuple[ExportedProgram, bool]:
+    """The exported graph, and whether it holds only for lengths within the model's `longest`."""
     parameters = list(packed.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     count = 2 * _SAMPLE_SEQUENCES
-    sample = (
+    sample: tuple[torch.Tensor, ...] = (
         torch.zeros(1, count, dtype=torch.int64, device=device),
         torch.arange(2, device=device).repeat(_SAMPLE_SEQUENCES)[None],
         torch.arange(0, count + 1, 2, dtype=torch.int32, device=device),
         torch.arange(_SAMPLE_ROWS, device=device),
     )
-    tokens = Dim("tokens", min=1, max=MAX_TOKENS)
-    shapes = (
-        {1: tokens},
-        {1: tokens},
-        {0: Dim("sequences_plus_one", min=2, max=MAX_TOKENS)},
-        {0: Dim("rows", min=1, max=MAX_TOKENS)},
-    )
-    try:
+    if takes_lengths:
+        sample = (*sample, torch.full_like(sample[1], 2))
+
+    def attempt(shapes: tuple[dict[int, Any], ...]) -> ExportedProgram:
         return export(packed, sample, dynamic_shapes=shapes, strict=False)
+
+    try:
+        return _first_that_holds(attempt, takes_lengths, longest)
     except CaptureError as error:
-        raise CaptureError(f"{error}{_place(error)}") from error
+        raise type(error)(f"{error}{_place(error)}") from error
     except Exception as error:
         raise CaptureError(f"export failed: {_first_lines(error)}{_place(error)}") from error
+
+
+def _first_that_holds(
+    attempt: Callable[[tuple[dict[int, Any], ...]], ExportedProgram],
+    takes_lengths: bool,
+    longest: int | None,
+) -> tuple[ExportedProgram, bool]:
+    """For every length; else for those within the model's table; else as far as guards say."""
+    try:
+        return attempt(_shapes(takes_lengths, 1, MAX_TOKENS)), False
+    except UserError as error:
+        if "specialized it to be a constant" in str(error):
+            raise
+        if _names_bound(str(error)) and longest and longest > 2 * _SAMPLE_SEQUENCES + 1:
+            with contextlib.suppress(UserError):
+                return attempt(_shapes(takes_lengths, 2, longest - 1)), True
+        # A guard that holds for every length may still be more than torch can prove.
+        return attempt(_shapes(takes_lengths, None, None)), False
+
+
+def _names_bound(message: str) -> bool:
+    """Whether a refusal of torch speaks of a length beyond the sample's: the end of some table."""
+    numbers = {int(number) for number in re.findall(r"\d+", message.split("Suggested")[0])}
+    return "specified range" in message and any(
+        2 * _SAMPLE_SEQUENCES < number < MAX_TOKENS for number in numbers
+    )
+
+
+def _shapes(
+    takes_lengths: bool, shortest: int | None, longest: int | None
+) -> tuple[dict[int, Any], ...]:
+    """Which sizes are dynamic; torch has to prove that the graph holds from shortest to longest."""
+    if shortest is None:
+        tokens = sequences = rows = Dim.DYNAMIC
+    else:
+        tokens = Dim("tokens", min=shortest, max=longest)
+        sequences = Dim("sequences_plus_one", min=2, max=MAX_TOKENS)
+        rows = Dim("rows", min=1, max=MAX_TOKENS)
+    shapes: tuple[dict[int, Any], ...] = ({1: tokens}, {1: tokens}, {0: sequences}, {0: rows})
+    return (*shapes, {1: tokens}) if takes_lengths else shapes
 
 
 def _first_lines(error: BaseException) -> str:
@@ -202,32 +279,9 @@ def _place(error: BaseException) -> str:
     return place
 
 
-# A guard that only says two inputs have the same number of tokens, or that the batch is 1.
-_HARMLESS = re.compile(r"^L\['[\w.\[\]']+.*\.size\(\)\[\d+\] == .*$")
-
-
-def _check_guards(exported: ExportedProgram) -> None:
-    guards = getattr(exported, "_guards_code", None)
-    if guards is None:
-        raise CaptureError(
-            "this torch keeps no `_guards_code`, so the exported graph's shape guards cannot be "
-            "read; use torch 2.11 to 2.13"
-        )
-    bad = [guard for guard in guards if not _equates_sizes(guard)]
-    if bad:
-        raise CaptureError(
-            f"the exported graph holds only for some lengths: {bad[0]}"
-            + (f" (and {len(bad) - 1} more guards)" if len(bad) > 1 else "")
-        )
-
-
-def _equates_sizes(guard: str) -> bool:
-    sides = guard.split(" == ")
-    size = re.compile(r"^\w+(\[[^\]]+\]|\.\w+)*\.(size\(\)|shape)\[\d+\]$")
-    return len(sides) == 2 and all(size.match(s.strip()) or s.strip() == "1" for s in sides)
-
-
-def _to_program(exported: ExportedProgram, model: nn.Module, owned: bool) -> Program:
+def _to_program(
+    exported: ExportedProgram, model: nn.Module, owned: bool, lengths: LengthRule | None
+) -> Program:
     tensors: dict[str, torch.Tensor] = {}
     weights: dict[str, Weight] = {}
     graph = exported.graph_module.graph
@@ -270,6 +324,7 @@ def _to_program(exported: ExportedProgram, model: nn.Module, owned: bool) -> Pro
         max_positions=max_positions(model),
         device=first.device,
         dtype=first.dtype,
+        lengths=lengths,
     )
     module.recompile()
     return Program(
@@ -296,14 +351,3 @@ def _order_inputs(graph: fx.Graph) -> None:
         if node.name not in METADATA:
             raise CaptureError(f"the exported graph has an unknown input '{node.name}'")
         graph._root.append(node)
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model's config states, if it states one."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None

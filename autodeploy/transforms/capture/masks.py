@@ -64,7 +64,7 @@ def _evaluate(function: MaskFunction, query: torch.Tensor, key: torch.Tensor) ->
 
 
 def _candidates(function: MaskFunction, length: int) -> Iterator[Mask]:
-    last = torch.tensor(length - 65)
+    last = torch.tensor(max(length - 65, length // 2))
     row = _evaluate(function, last, torch.arange(length))
     if bool(row.all()):
         yield Mask(causal=False)
@@ -85,7 +85,7 @@ def _candidates(function: MaskFunction, length: int) -> Iterator[Mask]:
 def _agrees(function: MaskFunction, mask: Mask, length: int) -> bool:
     if mask.chunk < 0 or mask.window < 0:
         return False
-    square = torch.arange(_DENSE)
+    square = torch.arange(min(_DENSE, length))
     generator = torch.Generator().manual_seed(0)
     query = torch.randint(length, (_RANDOM_PAIRS,), generator=generator)
     edge = mask.window or mask.chunk or 1

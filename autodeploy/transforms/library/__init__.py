@@ -1,8 +1,18 @@
 """The transforms that ship with autodeploy, one file each; importing this registers them."""
 
-from . import cache, canonicalize, compile, fuse_parallel_linears, gather_logits, load, lower
+from . import (
+    absorb_latent,
+    cache,
+    canonicalize,
+    compile,
+    fuse_parallel_linears,
+    gather_logits,
+    load,
+    lower,
+)
 
 __all__ = [
+    "absorb_latent",
     "cache",
     "canonicalize",
     "compile",

@@ -63,14 +63,17 @@ class Cache(Transform):
             raise TransformError(f"{site.where} has no caching form")
         given = op.bind(node.args, node.kwargs)
         values = fx.node.map_arg(given, lambda n: n.meta["val"])
-        specs = {spec.name: spec for spec in op.cached.caches(values)}
-        token_group = next((group_name(s) for s in specs.values() if s.per == "token"), None)
+        specs = op.cached.caches(values)
+        token_group = next((group_name(s) for s in specs if s.per == "token"), None)
         arguments: list[Any] = []
         for name in op.cached.op.arguments:
-            if name in specs:
-                arguments.append(_cache_input(program, specs[name]))
-            elif name in given:
+            wanted = [spec for spec in specs if spec.name == name]
+            if name in given:
                 arguments.append(given[name])
+            elif op.cached.op.is_list(name):
+                arguments.append([_cache_input(program, spec) for spec in wanted])
+            elif wanted:
+                arguments.append(_cache_input(program, wanted[0]))
             else:
                 arguments.append(_metadata_input(program, name, token_group, op.name))
         cached = program.call(op.cached.op.overload, *arguments, before=node, like=node)

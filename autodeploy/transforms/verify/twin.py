@@ -40,22 +40,27 @@ def twin_of(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules: the stack of layers."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
+    """The stack of layers: the longest list of modules that is in no other list.
+
+    Raises:
+        VerificationError: there is none.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outermost = [m for name, m in lists.items() if not any(name.startswith(f"{o}.") for o in lists)]
+    if not outermost:
         raise VerificationError(f"{type(model).__name__} has no list of layers to take a twin of")
-    return max(lists, key=len)
+    return max(outermost, key=len)
 
 
 def layers_needed(layers: nn.ModuleList) -> int:
     """Length of the shortest prefix in which every distinct kind of layer occurs."""
     kinds: dict[Any, int] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault(_kind(layer), index)
+        kinds.setdefault(kind_of(layer), index)
     return max(kinds.values()) + 1
 
 
-def _kind(layer: nn.Module) -> Any:
+def kind_of(layer: nn.Module) -> Any:
     """Equal for layers that compute the same function of their weights."""
 
     def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,154 @@
+"""Serving conditions for one model: what the engine gives, beside the plain model.
+
+Twelve ragged requests arrive at different steps; prompts run in chunks of 7 tokens over pages of
+4; every third shares a prefix; pages are so few that at least one request is preempted. The plain
+model then runs once over each prompt and its answer, without a cache: every token must be its
+argmax, and its log probability the same.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autodeploy.runtime.engine import EngineConfig, EngineCore
+from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput
+from autodeploy.runtime.sampling_params import SamplingParams
+from autodeploy.runtime.scheduler import SchedulerConfig
+from autodeploy.transforms.capture.module_probe import plain_model
+
+REQUESTS = 12
+NEAR_TIE = 1e-3
+"""Logits closer than this, in units of their spread, are one choice."""
+_PREFIX = 9
+_LONGEST = 9 + 24 + 12
+_PAGES = 16
+_MOST_STEPS = 3000
+_NO_REPETITION = 1000.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the answers compare, and what the engine had to do for them."""
+
+    wrong_tokens: int
+    """Tokens that are not the plain model's choice, near ties left out."""
+    tokens: int
+    logprob_error: float
+    """Largest difference of a chosen token's log probability."""
+    preemptions: int
+    prefix_hits: int
+
+
+@dataclass
+class _Request:
+    prompt: list[int]
+    count: int
+    arrival: int
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def serve(
+    model: nn.Module,
+    runner: Any,
+    implementation: str | None = None,
+    *,
+    causal: bool = True,
+    seed: int = 1,
+) -> Served:
+    """Serves the workload with `runner` and compares it with `model`, as `deploy` would run it.
+
+    implementation: of attention in the plain model; None: its own choice. causal: one forward
+    of the plain model over a request gives the logits of all its positions.
+
+    Raises:
+        RuntimeError: the engine failed a request or does not come to an end.
+    """
+    requests = _workload(runner.contract.vocab_size, seed)
+    paged = bool(runner.contract.token_groups)
+    scheduler = SchedulerConfig(
+        max_num_seqs=6, max_prefill_chunk=7, page_size=4, max_model_len=_LONGEST + 3
+    )
+    engine = EngineCore(
+        runner, EngineConfig(scheduler=scheduler, num_pages=_PAGES if paged else None)
+    )
+    _run(engine, requests)
+    stats = engine.stats()
+    wrong, error = 0, 0.0
+    for request in requests:
+        rows = zip(
+            _plain_logits(model, request, implementation, causal),
+            request.tokens,
+            request.logprobs,
+            strict=True,
+        )
+        for position, (logits, token, found) in enumerate(rows):
+            error = max(error, abs(float(logits.log_softmax(-1)[token]) - found))
+            seen = torch.tensor(request.prompt + request.tokens[:position])
+            penalised = logits[seen]
+            logits[seen] = penalised.where(penalised < 0, penalised / _NO_REPETITION**2)
+            logits[seen] *= _NO_REPETITION
+            wrong += int(float(logits.max() - logits[token]) > NEAR_TIE * float(logits.std()))
+    tokens = sum(len(r.tokens) for r in requests)
+    return Served(wrong, tokens, error, stats.preemptions, stats.prefix_hits)
+
+
+def _workload(vocab_size: int, seed: int) -> list[_Request]:
+    source = random.Random(seed)
+    # Low ids are often padding and the like, which some models treat in a way of their own.
+    low = min(8, vocab_size // 2)
+    # Each token once in a request, as far as there are enough: equal tokens can make equal
+    # scores, and a top-k among equals is anyone's.
+    known = range(low, vocab_size)
+    prefix = source.sample(known, _PREFIX)
+    rest = [token for token in known if token not in prefix]
+    requests = []
+    for index in range(REQUESTS):
+        own = source.sample(rest, source.randint(2, 24))
+        prompt = (prefix if index % 3 == 0 else []) + own
+        requests.append(_Request(prompt, source.randint(3, 12), source.randint(0, 12), [], []))
+    return requests
+
+
+def _run(engine: EngineCore, requests: list[_Request]) -> None:
+    waiting = sorted(range(len(requests)), key=lambda index: requests[index].arrival)
+    for step in range(_MOST_STEPS):
+        while waiting and requests[waiting[0]].arrival <= step:
+            index = waiting.pop(0)
+            params = SamplingParams(
+                temperature=0, max_tokens=requests[index].count, ignore_eos=True, logprobs=0,
+                repetition_penalty=_NO_REPETITION,
+            )  # fmt: skip
+            prompt = requests[index].prompt
+            engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+        for output in engine.step():
+            if isinstance(output, RequestFailed):
+                raise RuntimeError(f"the engine failed a request: {output.message}")
+            if isinstance(output, TokenOutput):
+                request = requests[int(output.request_id)]
+                request.tokens += output.token_ids
+                request.logprobs += [entry[0].logprob for entry in output.logprobs or []]
+        if not waiting and not engine.has_work:
+            return
+    raise RuntimeError(f"the engine has work left after {_MOST_STEPS} steps")
+
+
+def _plain_logits(
+    model: nn.Module, request: _Request, implementation: str | None, causal: bool
+) -> torch.Tensor:
+    """[count, vocab] of the positions that chose the request's tokens."""
+    ids = torch.tensor([request.prompt + request.tokens])
+    begin, end = len(request.prompt), ids.shape[1]
+    with plain_model(model, implementation):
+        if causal:
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            return logits[begin - 1 : -1]
+        rows = [
+            model(input_ids=ids[:, :n], use_cache=False).logits[0, -1] for n in range(begin, end)
+        ]
+    return torch.stack(rows).float()
