@@ -8,13 +8,16 @@ argmax, and its log probability the same.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from autodeploy.custom_ops.contract import CacheGroup
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput
 from autodeploy.runtime.sampling_params import SamplingParams
@@ -26,7 +29,8 @@ NEAR_TIE = 1e-3
 """Logits closer than this, in units of their spread, are one choice."""
 _PREFIX = 9
 _LONGEST = 9 + 24 + 12
-_PAGES = 16
+_PAGE_SIZE = 4
+_CHUNK = 7
 _MOST_STEPS = 3000
 _NO_REPETITION = 1000.0
 
@@ -70,13 +74,14 @@ def serve(
         RuntimeError: the engine failed a request or does not come to an end.
     """
     requests = _workload(runner.contract.vocab_size, seed)
-    paged = bool(runner.contract.token_groups)
     scheduler = SchedulerConfig(
-        max_num_seqs=6, max_prefill_chunk=7, page_size=4, max_model_len=_LONGEST + 3
+        max_num_seqs=6,
+        max_prefill_chunk=_CHUNK,
+        page_size=_PAGE_SIZE,
+        max_model_len=_LONGEST + 3,
     )
-    engine = EngineCore(
-        runner, EngineConfig(scheduler=scheduler, num_pages=_PAGES if paged else None)
-    )
+    num_pages = _scarce_pages(runner.contract.token_groups)
+    engine = EngineCore(runner, EngineConfig(scheduler=scheduler, num_pages=num_pages))
     _run(engine, requests)
     stats = engine.stats()
     wrong, error = 0, 0.0
@@ -96,6 +101,16 @@ def serve(
             wrong += int(float(logits.max() - logits[token]) > NEAR_TIE * float(logits.std()))
     tokens = sum(len(r.tokens) for r in requests)
     return Served(wrong, tokens, error, stats.preemptions, stats.prefix_hits)
+
+
+def _scarce_pages(groups: Sequence[CacheGroup]) -> int | None:
+    """Pages for one request and a third of another; None: the model keeps nothing per token."""
+    if not groups:
+        return None
+    kept = max(
+        min(_LONGEST + 3, (group.window or _LONGEST) + _CHUNK + _PAGE_SIZE) for group in groups
+    )
+    return 4 * math.ceil(kept / _PAGE_SIZE) // 3
 
 
 def _workload(vocab_size: int, seed: int) -> list[_Request]:
