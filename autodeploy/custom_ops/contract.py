@@ -120,6 +120,8 @@ class Contract:
     """Most tokens of one step that the graph holds for; None if any number."""
     lengths: LengthRule | None = None
     """None: keys do not depend on how long the prompt was."""
+    eager: tuple[str, ...] = ()
+    """Ops, with their implementations, that no CUDA graph can hold: the host decides in them."""
 
     @property
     def token_groups(self) -> tuple[CacheGroup, ...]:

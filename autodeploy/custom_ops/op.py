@@ -54,6 +54,9 @@ class Implementation:
     function: Callable[..., Any]
     when: Callable[[Choice], bool]
     priority: int
+    capturable: bool = False
+    """Never waits for the device and takes no size from a tensor's values: a CUDA graph can hold
+    it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Op:
     axes: str | None = None
     """Sharding rule in the notation of the design, section 5; None pins every axis."""
     mutates: bool = False
+    capturable: bool = False
+    """Of the reference; see `Implementation.capturable`."""
     cached: Cached | None = None
     implementations: list[Implementation] = field(default_factory=list)
     shape_rule: Callable[..., Any] | None = None
@@ -122,14 +127,21 @@ class Op:
         return getattr(namespace, name).default
 
     def implement(
-        self, name: str, *, when: Callable[[Choice], bool], priority: int = 1
+        self,
+        name: str,
+        *,
+        when: Callable[[Choice], bool],
+        priority: int = 1,
+        capturable: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Registers one way to run the op. The function takes the op's arguments, positionally."""
         if name == "reference" or any(i.name == name for i in self.implementations):
             raise OpError(f"op '{self.name}' already has an implementation '{name}'")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.implementations.append(Implementation(name, function, when, priority))
+            self.implementations.append(
+                Implementation(name, function, when, priority, capturable)
+            )
             return function
 
         return register
@@ -146,7 +158,7 @@ class Op:
         raise OpError(f"op '{self.name}' has no implementation '{name}'")
 
     def _reference(self) -> Implementation:
-        return Implementation("reference", self.reference, lambda _: True, 0)
+        return Implementation("reference", self.reference, lambda _: True, 0, self.capturable)
 
     def choose(self, choice: Choice, prefer: Iterable[str] = ()) -> Implementation:
         """The implementation to run at one node; the reference when none applies.
@@ -175,10 +187,13 @@ class Op:
         return bound
 
 
-def register_op(schema: str, *, axes: str | None = None) -> Callable[[Callable[..., Any]], Op]:
+def register_op(
+    schema: str, *, axes: str | None = None, capturable: bool = False
+) -> Callable[[Callable[..., Any]], Op]:
     """Makes an `Op` of a reference function.
 
     schema: in torch's notation; arguments that are written to are marked `Tensor(a!)`.
+    capturable: the reference never waits for the device (see `Implementation`).
     Raises:
         OpError: the name is taken.
     """
@@ -189,7 +204,7 @@ def register_op(schema: str, *, axes: str | None = None) -> Callable[[Callable[.
     def register(reference: Callable[..., Any]) -> Op:
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
-        op = Op(name, schema, reference, axes=axes, mutates="!" in schema)
+        op = Op(name, schema, reference, axes, "!" in schema, capturable)
         OPS[name] = op
         return op
 

@@ -26,7 +26,7 @@ from .compiled import CompiledProgram
 from .memory_pages import drop_memory_pages
 from .program import Program, joined, sample_of
 
-FORMAT = 3
+FORMAT = 4
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -288,6 +288,7 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "device": str(contract.device),
         "dtype": _dtype_name(contract.dtype),
         "lengths": None if contract.lengths is None else dataclasses.asdict(contract.lengths),
+        "eager": list(contract.eager),
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -317,5 +318,7 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         max_positions=data["max_positions"],
         device=torch.device(data["device"]),
         dtype=getattr(torch, data["dtype"]),
+        max_tokens=data["max_tokens"],
         lengths=None if rule is None else LengthRule(**rule | {"steps": tuple(rule["steps"])}),
+        eager=tuple(data["eager"]),
     )

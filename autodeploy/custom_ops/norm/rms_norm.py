@@ -11,6 +11,7 @@ from ..op import register_op
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, "
     "bool cast_before_weight=True) -> Tensor",
     axes="... d^, d^ -> ... d^",
+    capturable=True,
 )
 def rms_norm(
     x: torch.Tensor,

@@ -11,6 +11,7 @@ from ..op import register_op
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False, "
     "int unsqueeze_dim=1) -> (Tensor, Tensor)",
     axes="b hq t d^, b hk t d^, b t r^, b t r^ -> b hq t d^, b hk t d^",
+    capturable=True,
 )
 def rope(
     q: torch.Tensor,

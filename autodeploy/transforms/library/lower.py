@@ -8,6 +8,7 @@ directly, without the dispatcher, unless a compiler follows (`through_dispatcher
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,6 +50,12 @@ class Lower(Transform):
         chosen = op.choose(Choice(program.contract.device, values), self.prefer)
         node.args, node.kwargs = tuple(bound.values()), {}
         node.meta["op"], node.meta["implementation"] = op.name, chosen.name
+        if not chosen.capturable:
+            program.options.setdefault("eager", set()).add(f"{op.name} ({chosen.name})")
         if op.mutates:
             node.meta["mutates"] = True
         node.target = op.dispatched(chosen) if self.through_dispatcher else chosen.function
+
+    def finish(self, program: Program) -> None:
+        eager = tuple(sorted(program.options.pop("eager", ())))
+        program.contract = dataclasses.replace(program.contract, eager=eager)
