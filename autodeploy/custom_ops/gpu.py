@@ -19,7 +19,6 @@ import torch
 
 from .op import OpError
 
-
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
 
 

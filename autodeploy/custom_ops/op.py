@@ -139,9 +139,7 @@ class Op:
             raise OpError(f"op '{self.name}' already has an implementation '{name}'")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.implementations.append(
-                Implementation(name, function, when, priority, capturable)
-            )
+            self.implementations.append(Implementation(name, function, when, priority, capturable))
             return function
 
         return register
