@@ -143,6 +143,7 @@ class DeviceStep:
                 inputs[name] = self._tables.rows(group, table_rows, width)
         return self._runner.forward(inputs)
 
+    @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:
         logits: Tensor | None = None
         pool = None

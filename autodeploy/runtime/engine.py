@@ -16,6 +16,7 @@ It knows nothing of text, sockets or threads: an executor hosts it, a front feed
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -282,7 +283,12 @@ class EngineCore:
                 ", ".join(contract.eager),
             )
             sizes = ()
-        return DeviceStep(self._runner, tables, num_slots, sizes)
+        step = DeviceStep(self._runner, tables, num_slots, sizes)
+        # What is there now stays: the collector need not look at it again, a million objects of
+        # torch and of the graph among them, in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        return step
 
     def _launch(self, plan: StepPlan) -> _Flight:
         """Runs the model's part of a step; on an accelerator, without waiting for it."""
@@ -439,3 +445,7 @@ class EngineCore:
         stats.prefix_queries = scheduler.prefix_queries
         stats.prefix_hits = scheduler.prefix_hits
         stats.preemptions = scheduler.preemptions
+        if isinstance(self._step, DeviceStep):
+            counts = self._step.counts
+            stats.graph_replays, stats.graph_misses = counts.replayed, counts.missed
+            stats.mixed_steps = counts.mixed

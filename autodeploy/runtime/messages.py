@@ -112,6 +112,12 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     preemptions: int = 0
     aborted: int = 0
     finished: int = 0
+    graph_replays: int = 0
+    """Decoding steps that were one launch of a CUDA graph."""
+    graph_misses: int = 0
+    """Decoding steps for whose number of requests no graph was captured."""
+    mixed_steps: int = 0
+    """On a GPU: steps with prompt tokens, which run without a graph."""
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.step import resolve_tokens
 
 from .staging import Staging
@@ -27,6 +28,7 @@ class TokenRelay:
         self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._staging = Staging({"slots": ((num_slots,), np.int64)}, device)
         self._slots = b""
+        self._resolve = resolve_tokens.choose(Choice(device, {})).function
 
     def write(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step sampled `tokens` [S] int64 for `slots` [S].
@@ -44,4 +46,4 @@ class TokenRelay:
 
     def fill(self, input_ids: Tensor) -> Tensor:
         """[1, T] int64 with the tokens that were missing; capturable in a CUDA graph."""
-        return resolve_tokens(input_ids, self._tokens)
+        return self._resolve(input_ids, self._tokens)
