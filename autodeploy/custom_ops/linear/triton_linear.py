@@ -16,7 +16,7 @@ from ..moe.gates import ACTIVATIONS, activate
 from ..norm.triton_norm import rms_norm_rows
 from ..op import Choice
 from .fused_linear import fused_linear
-from .skinny_config import NORM_TOKENS, Tiling, padded, tiling_of
+from .skinny_config import Tiling, padded, tiling_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Tiles that parts of a split product can be counted for.
@@ -61,10 +61,9 @@ def fused_linear_rows(
     if tokens == 0:
         return x.new_empty(shape)
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors())
-    # Above NORM_TOKENS each program would norm too much. In float16, x times the norm's weight
-    # may leave the range that x over its root times the weight stays in.
+    # In float16, x times the norm's weight may leave the range that a normed row stays in.
     apart = tiling.kernel == "cublas" or (
-        tiling.kernel == "dot" and (tokens > NORM_TOKENS or x.dtype is torch.float16)
+        tiling.kernel == "dot" and (not tiling.norms or x.dtype is torch.float16)
     )
     if norm and apart:
         x, norm = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight), False
