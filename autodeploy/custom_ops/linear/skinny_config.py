@@ -21,6 +21,7 @@ class Tiling:
     """One way to run a product.
 
     block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
+    early: bytes of each weight row that a program asks for before it waits for its predecessor.
     split and stages mean something to `dot_kernel` only; so does norms: whether it applies a norm
     itself or finds x normed.
     """
@@ -32,6 +33,7 @@ class Tiling:
     stages: int = 4
     warps: int = 4
     norms: bool = True
+    early: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,5 @@ def bounded(
         split *= 2
     warps = 8 if tiling.block_n * padded(tokens) * (2 if gated else 1) > 64 * 128 else 4
     norms = tokens <= NORM_TOKENS
-    return Tiling("dot", tiling.block_n, block_k, split, stages, warps, norms)
+    early = 2 * block_k * stages
+    return Tiling("dot", tiling.block_n, block_k, split, stages, warps, norms, early)

@@ -125,7 +125,8 @@ def skinny_linear(
     if tiling.kernel == "gemv":
         gemv_kernel[(programs,)](
             *operands, columns, eps, norm_offset,
-            K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, **options,
+            K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+            EARLY=_early(tiling, width, 1), **options,
         )  # fmt: skip
         return out
     block_m = padded(tokens)
@@ -138,17 +139,17 @@ def skinny_linear(
     dot_kernel[(programs, split)](
         *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
         K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
-        PREFETCH=_prefetched(tiling, width, split) if pdl else 0, WIDE=gpu.interpreted(),
-        num_stages=tiling.stages, **options,
+        EARLY=_early(tiling, width, split), WIDE=gpu.interpreted(), num_stages=tiling.stages,
+        **options,
     )  # fmt: skip
     return out
 
 
-def _prefetched(tiling: Tiling, width: int, split: int) -> int:
-    """Bytes of a weight row that a program asks for early: its first stages, all inside the row."""
-    if width % (tiling.block_k * split):
+def _early(tiling: Tiling, width: int, split: int) -> int:
+    """Bytes of a weight row to ask for early: none past its part's end, nor past the row's."""
+    if not gpu.overlaps_launches() or (split > 1 and width % (tiling.block_k * split)):
         return 0
-    return 2 * min(tiling.block_k * tiling.stages, width // split)
+    return min(tiling.early, 2 * width // split)
 
 
 def _arrivals(device: torch.device) -> torch.Tensor:
