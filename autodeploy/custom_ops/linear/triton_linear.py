@@ -126,7 +126,7 @@ def skinny_linear(
         gemv_kernel[(programs,)](
             *operands, columns, eps, norm_offset,
             K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
-            EARLY=_early(tiling, width, 1), **options,
+            EARLY=_early(tiling, weight, 1), **options,
         )  # fmt: skip
         return out
     block_m = padded(tokens)
@@ -139,15 +139,17 @@ def skinny_linear(
     dot_kernel[(programs, split)](
         *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
         K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
-        EARLY=_early(tiling, width, split), WIDE=gpu.interpreted(), num_stages=tiling.stages,
+        EARLY=_early(tiling, weight, split), WIDE=gpu.interpreted(), num_stages=tiling.stages,
         **options,
     )  # fmt: skip
     return out
 
 
-def _early(tiling: Tiling, width: int, split: int) -> int:
+def _early(tiling: Tiling, weight: torch.Tensor, split: int) -> int:
     """Bytes of a weight row to ask for early: none past its part's end, nor past the row's."""
-    if not gpu.overlaps_launches() or (split > 1 and width % (tiling.block_k * split)):
+    width = weight.shape[1]
+    uneven = split > 1 and width % (tiling.block_k * split)
+    if not gpu.overlaps_launches() or uneven or weight.data_ptr() % 16:
         return 0
     return min(tiling.early, 2 * width // split)
 
