@@ -41,7 +41,9 @@ def build_engine(config: DeployConfig) -> EngineCore:
             num_pages=config.num_pages,
         ),
     )
-    engine.summary = summary
+    contract = runner.contract
+    dtype = str(contract.dtype).removeprefix("torch.")
+    engine.summary = {**summary, "device": str(contract.device), "dtype": dtype}
     return engine
 
 

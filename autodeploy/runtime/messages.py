@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from autodeploy.custom_ops.cost import Cost
+
 from .sampling_params import SamplingParams
 
 
@@ -108,6 +110,8 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     vocab_size: int
     max_model_len: int
     summary: dict[str, str] = {}
+    cost: Cost | None = None
+    """What a step must read and compute; None: unknown."""
 
 
 class EngineDied(msgspec.Struct, tag="died"):
