@@ -94,15 +94,22 @@ def run_generate(model: nn.Module, work: Workload) -> Result:
 
 
 def run_generate_batch(model: nn.Module, work: Workload) -> Result:
-    """transformers' continuous batching, each request with its own number of tokens."""
+    """transformers' continuous batching, each request with its own number of tokens.
+
+    On a GPU with the fastest attention that is installed, which lets it use CUDA graphs and
+    overlap its host; warm-up is not timed.
+    """
     from transformers import GenerationConfig
 
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if on_gpu:
+        model.set_attn_implementation(_fastest_attention())  # type: ignore[operator]
     config = GenerationConfig(do_sample=False, max_new_tokens=max(work.outputs), pad_token_id=0)
-    started = time.perf_counter()
     made = 0
     with model.continuous_batching_context_manager(  # type: ignore[operator]
-        generation_config=config, block=True, timeout=5, warmup=False
+        generation_config=config, block=True, timeout=5, warmup=on_gpu
     ) as manager:
+        started = time.perf_counter()
         for index, (prompt, count) in enumerate(zip(work.prompts, work.outputs, strict=True)):
             manager.add_request(
                 list(prompt), request_id=f"r{index}", max_new_tokens=count, eos_token_id=-1
@@ -117,7 +124,16 @@ def run_generate_batch(model: nn.Module, work: Workload) -> Result:
             if result.is_finished():
                 finished += 1
                 made += len(result.generated_tokens)
-    return Result("transformers generate_batch", time.perf_counter() - started, made)
+        seconds = time.perf_counter() - started
+    return Result("transformers generate_batch", seconds, made)
+
+
+def _fastest_attention() -> str:
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 AGAINST: dict[str, Callable[[nn.Module, Workload], Result]] = {
