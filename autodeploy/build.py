@@ -43,7 +43,9 @@ def build_engine(config: DeployConfig) -> EngineCore:
             graph_sizes=_graph_sizes(config),
         ),
     )
-    engine.summary = summary
+    contract = runner.contract
+    dtype = str(contract.dtype).removeprefix("torch.")
+    engine.summary = {**summary, "device": str(contract.device), "dtype": dtype}
     return engine
 
 

@@ -18,6 +18,7 @@ from .beam_search import BeamSearchOutput, BeamSearchParams, search
 from .chat import chat_prompts
 from .checkpoint import load_tokenizer
 from .config import DeployConfig
+from .custom_ops.cost import Cost
 from .errors import AutodeployError, ConfigError, EngineDeadError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
@@ -96,6 +97,11 @@ class LLM:
     def summary(self) -> dict[str, str]:
         """What was built: the rung of the ladder, the recipe, match counts, times."""
         return self._executor.ready.summary
+
+    @property
+    def cost(self) -> Cost | None:
+        """What a step must read and compute (`transforms/cost`); None if it cannot be counted."""
+        return self._executor.ready.cost
 
     def get_tokenizer(self) -> Any:
         return self.tokenizer

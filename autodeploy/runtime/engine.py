@@ -158,6 +158,7 @@ class EngineCore:
         """What was built, for `EngineReady`; filled by whoever built it."""
         self.max_model_len = caches.max_model_len
         self.vocab_size = contract.vocab_size
+        self.cost = contract.cost
         self.cache_bytes = caches.bytes
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)

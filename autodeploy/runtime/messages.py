@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from autodeploy.custom_ops.cost import Cost
+
 from .sampling_params import SamplingParams
 
 
@@ -126,6 +128,8 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     vocab_size: int
     max_model_len: int
     summary: dict[str, str] = {}
+    cost: Cost | None = None
+    """What a step must read and compute; None: unknown."""
 
 
 class EngineDied(msgspec.Struct, tag="died"):

@@ -92,7 +92,10 @@ def _add_sink(acc, top, total, sink):
     return acc * shrink[:, None], total * shrink + tl.exp2(sink - new_top)
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits", "least", "window", "chunk"])
+@triton.jit(
+    do_not_specialize=["table_stride", "splits", "least", "window", "chunk"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
+)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
     partial_ptr, stats_ptr, arrived_ptr,
@@ -102,14 +105,15 @@ def decode_kernel(
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HKV * splits): one range of the keys of one sequence, for one kv head.
 
     A sequence's keys are cut into at most `splits` ranges of at least `least` blocks, as many as
     its own length asks for. SPLIT: there can be more than one; the program that arrives last at
-    `arrived` [T, HKV] merges them and sets it back to 0 for the next launch. A sequence that
-    brings more tokens, or none, is right too: they are taken one after the other.
+    `arrived` [B, HKV] merges them and sets it back to 0 for the next launch. MIXED: sequences that
+    bring another number of tokens are left to `prefill_kernel`. Else T is B and all are attended
+    to: a sequence's tokens one after the other, in the place of one that has none.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -132,7 +136,10 @@ def decode_kernel(
     slope = tl.zeros([BLOCK_G], tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head).to(tl.float32) * _LOG2E
-    for new in range(end - begin):
+    count = end - begin
+    if MIXED:
+        count = tl.where(count == 1, 1, 0)
+    for new in range(count):
         token = begin + new
         position = length - end + token
         low = _lowest_seen(position, window, chunk, WINDOW, CHUNK)
@@ -162,28 +169,32 @@ def decode_kernel(
                 out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
                 tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
             if SPLIT and used > 1:
-                part = (row * splits + split) * GROUP + g
+                place = token
+                if MIXED:
+                    place = sequence
+                place = place * HKV + kv_head
+                part = (place * splits + split) * GROUP + g
                 tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
                 tl.store(stats_ptr + part * 2, top, mask=g < GROUP)
                 tl.store(stats_ptr + part * 2 + 1, total, mask=g < GROUP)
                 # All threads have stored before one of them says so.
                 tl.debug_barrier()
-                before = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu")
+                before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")
                 if before == used - 1:
                     _merge_splits(
-                        out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, kv_head, splits, used,
-                        GROUP, DV, BLOCK_DV, MERGE_G, MERGE_S, SINKS,
+                        out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits,
+                        used, GROUP, DV, BLOCK_DV, MERGE_G, MERGE_S, SINKS,
                     )  # fmt: skip
-                    tl.store(arrived_ptr + row, 0)
+                    tl.store(arrived_ptr + place, 0)
 
 
 @triton.jit
 def _merge_splits(
-    out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, kv_head, splits, used,
+    out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits, used,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MERGE_G: tl.constexpr,
     MERGE_S: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the first `used` ranges of a row, MERGE_S of them at a time, and stores the row.
+    """Adds up the first `used` ranges left at a place, MERGE_S of them at a time; stores the row.
 
     Other programs wrote them, so they are read past the first-level cache.
     """
@@ -194,7 +205,7 @@ def _merge_splits(
     total = tl.zeros([MERGE_G], tl.float32)
     for first in range(0, used, MERGE_S):
         s = first + tl.arange(0, MERGE_S)
-        part = (row * splits + s)[:, None] * GROUP + g[None, :]
+        part = (place * splits + s)[:, None] * GROUP + g[None, :]
         there = (s < used)[:, None] & (g < GROUP)[None, :]
         tops = tl.load(stats_ptr + part * 2, mask=there, other=_LOWEST, cache_modifier=".cg")
         totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
@@ -219,7 +230,10 @@ def _merge_splits(
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["table_stride", "sequences", "blocks", "window", "chunk"])
+@triton.jit(
+    do_not_specialize=["table_stride", "sequences", "blocks", "window", "chunk"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
+)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
     q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_stride, sequences,
@@ -233,6 +247,7 @@ def prefill_kernel(
 
     Sequence i's blocks of tokens are numbered from cu_q[i] // TOKENS + i on: there is room for
     all of them before those of i + 1, and no sum over sequences. Numbers left over have no tokens.
+    A sequence that brings a single token is left to `decode_kernel`.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -252,7 +267,7 @@ def prefill_kernel(
     begin = tl.load(cu_q_ptr + low)
     end = tl.load(cu_q_ptr + low + 1)
     first = begin + (block - (begin // TOKENS + low)) * TOKENS
-    if first >= end:
+    if (first >= end) | (end - begin == 1):
         return
     m = tl.arange(0, BLOCK_M)
     # Rows past the last token repeat it and are not stored.

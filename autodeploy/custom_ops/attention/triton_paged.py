@@ -1,9 +1,11 @@
 """paged_attention in Triton: reads keys and values where they lie, in their pages.
 
-Two kernels. Where every sequence brings one token, the keys of each are cut into ranges, so that
-a few long sequences fill the device as well as many short ones. Otherwise blocks of queries go
-over their keys, as in FlashAttention-2 (Dao, 2023). What decides between them, and every grid, is
-known from shapes alone: a CUDA graph holds the launch, the lengths stay on the device.
+Two kernels. Where a sequence brings one token its keys are cut into ranges, so that a few long
+sequences fill the device as well as many short ones (Flash-Decoding, Dao et al., 2023). Where it
+brings more, blocks of queries go over their keys, as in FlashAttention-2 (Dao, 2023). A step with
+as many tokens as sequences is launched as the first alone, any other as both, and each leaves the
+other's sequences alone. Every grid is known from shapes: a CUDA graph holds the launches, the
+lengths stay on the device.
 """
 
 from __future__ import annotations
@@ -99,10 +101,8 @@ def attend_pages(
         return out
     site = _Site.of(q, k_cache, v_cache, cu_q, kv_len, block_table, out)
     form = _Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
-    if len(q) == len(kv_len):
-        tiles = decode_tiles(site.width, q.element_size(), q.device)
-        launch_decode(site, form, tiles)
-    else:
+    launch_decode(site, form, decode_tiles(site.width, q.element_size(), q.device))
+    if len(q) != len(kv_len):
         launch_prefill(site, form, prefill_tiles(site.width, q.element_size(), site.group))
     return out
 
@@ -184,7 +184,10 @@ class _Form:
 
 
 def launch_decode(site: _Site, form: _Form, tiles: DecodeTiles) -> None:
-    """One new token a sequence: a program for each range of keys of each sequence and kv head."""
+    """Single tokens: a program for each range of keys of each sequence and kv head.
+
+    All tokens if there are as many as sequences, else those that are their sequence's only one.
+    """
     from .paged_attention_kernel import decode_kernel
 
     rows = site.sequences * site.heads
@@ -200,12 +203,13 @@ def launch_decode(site: _Site, form: _Form, tiles: DecodeTiles) -> None:
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * site.shape["BLOCK_DV"]))),
-        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **_overlap(pdl),
+        MIXED=len(site.q) != site.sequences, PDL=pdl, num_warps=tiles.warps,
+        num_stages=tiles.stages, **_overlap(pdl),
     )  # fmt: skip
 
 
 def launch_prefill(site: _Site, form: _Form, tiles: PrefillTiles) -> None:
-    """Any number of new tokens a sequence: a program for each block of them and each kv head."""
+    """More than one new token a sequence: a program for each block of them and each kv head."""
     from .paged_attention_kernel import prefill_kernel
 
     blocks = len(site.q) // (tiles.rows // site.group) + site.sequences
