@@ -135,7 +135,7 @@ class _CachedCheck:
         if Fact.CACHED not in program.facts or Fact.LOWERED in program.facts:
             return
         error = self.check.error(program)
-        if not error <= tolerance(program.contract.dtype):
+        if not error <= self.check.reference.limit(program.contract.dtype):
             names = sorted({call.name.rsplit(".", 1)[-1] for call in program.module_calls})
             raise _CachesFail(
                 f"{', '.join(names)} as the model's own code give other logits, by {error:.1e} of "
