@@ -132,7 +132,7 @@ def run_kinds(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     target = Target.of(args)
-    _refuse_batches(args)
+    _refuse(args)
     report: dict[str, Any] = {"model": target.name}
     rows: list[Row] = []
     with deployed(target) as (llm, ready):
@@ -251,7 +251,16 @@ def _budget(args: argparse.Namespace) -> int:
     return int(args.max_num_batched_tokens or DeployConfig.max_num_batched_tokens)
 
 
-def _refuse_batches(args: argparse.Namespace) -> None:
+def _refuse(args: argparse.Namespace) -> None:
+    """What could only fail after minutes of measuring.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for name in ("json", "profile"):
+        file = getattr(args, name, None)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {file}: there is no directory '{file.parent}'; make it")
     if "latency" not in args.kinds:
         return
     if max(args.batch) > _most(args):
