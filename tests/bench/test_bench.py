@@ -149,6 +149,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(arguments, 
     assert message in capsys.readouterr().err
 
 
+def test_what_was_measured_before_an_error_is_printed(tiny, capsys):
+    too_long = ["--prefill", "1x4096"]
+    words = ["--kinds", "latency", "prefill", "--batch", "1", "--kv", "8", "--steps", "4"]
+    assert main(["bench", "all", "--dummy", tiny, *words, *too_long]) == 1
+    captured = capsys.readouterr()
+    assert "decode, batch 1" in captured.out
+    assert captured.err.splitlines()[-1].startswith("autodeploy: error:")
+
+
 @pytest.mark.parametrize("words", [["--prefill", "64"], ["--batch", "0"], ["--rate", "-1"]])
 def test_malformed_numbers_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
