@@ -219,7 +219,7 @@ class TestPipeline:
         run_recipe(capture(llama), load_recipe("default"), dump_graphs=tmp_path)
         names = sorted(p.name for p in tmp_path.iterdir())
         assert names[0] == "00_captured.txt"
-        assert names[-1] == "08_compile.txt"
+        assert names[-1].endswith("_compile.txt")
         before = (tmp_path / "04_fuse_parallel_linears.txt").read_text()
         after = (tmp_path / "05_cache.txt").read_text()
         assert "autodeploy.attention(" in before

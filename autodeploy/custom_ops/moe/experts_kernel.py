@@ -1,0 +1,204 @@
+"""Kernels of the experts: one product over blocks of rows, and the sum over a token's choices.
+
+A pair is one token's one choice; pair p belongs to token p // choices. Blocks of pairs with one
+expert come from `sort_kernel`.
+"""
+
+import triton
+import triton.language as tl
+
+from ..gate.activation_kernel import activate
+
+
+@triton.jit
+def gated(
+    gates, others, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `gates.gate`, of float32 that holds numbers of DTYPE."""
+    if LIMIT > 0:
+        gates = tl.minimum(gates, LIMIT)
+        others = tl.minimum(tl.maximum(others, -LIMIT), LIMIT)
+    if ALPHA > 0:
+        active = gates * tl.sigmoid(gates * ALPHA)
+        others = others + 1
+    else:
+        active = activate(gates, ACTIVATION, DTYPE).to(DTYPE).to(tl.float32)
+    return active * others
+
+
+@triton.jit
+def weight_rows(
+    start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows of an expert's weight for BLOCK columns of the result from `start`, and which exist.
+
+    GATED: 2 * BLOCK rows, ordered as the weight itself is: pairs of a gate and its other half if
+    INTERLEAVED, all gates and then all other halves if not.
+    """
+    if GATED and INTERLEAVED:
+        row = 2 * start + tl.arange(0, 2 * BLOCK)
+        exists = row < 2 * COLUMNS
+    elif GATED:
+        place = tl.arange(0, 2 * BLOCK)
+        column = start + place % BLOCK
+        row = (place // BLOCK) * COLUMNS + column
+        exists = column < COLUMNS
+    else:
+        row = start + tl.arange(0, BLOCK)
+        exists = row < COLUMNS
+    return row, exists
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def block_product_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    slots,
+    block_expert,
+    block_count,
+    pairs,
+    x_stride,
+    w_expert,
+    w_row,
+    w_column,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
+
+    x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
+    its strides. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs` where there is
+    none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose rows fill a tensor
+    core's 64 better than a few tokens do.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    blocks = tl.load(block_count)
+    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    if program >= blocks * COLUMN_BLOCKS:
+        return
+    # GROUP blocks share a column's weights, and all columns share the group's rows, in L2.
+    first = program // (GROUP * COLUMN_BLOCKS) * GROUP
+    group = tl.minimum(blocks - first, GROUP)
+    within = program % (GROUP * COLUMN_BLOCKS)
+    block = first + within % group
+    start = within // group * BLOCK_N
+
+    slot = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    taken = slot < pairs
+    expert = tl.load(block_expert + block).to(tl.int64)
+    # Rows of empty slots are computed of row 0 and never written: no mask in the loop.
+    x_row = tl.where(taken, slot // CHOICES, 0).to(tl.int64)
+    row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED)
+    ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
+    depth = tl.arange(0, BLOCK_K)
+    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0
+    weight += expert * w_expert
+
+    if SWAP:
+        x_at = x + (x_row[None, :] * x_stride + depth[:, None])
+        w_at = weight + (row[:, None] * w_row + depth[None, :] * w_column)
+        total = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    else:
+        x_at = x + (x_row[:, None] * x_stride + depth[None, :])
+        w_at = weight + (row[None, :] * w_row + depth[:, None] * w_column)
+        total = tl.zeros([BLOCK_M, ROWS], tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        if EVEN:
+            x_tile = tl.load(x_at)
+            w_tile = tl.load(w_at)
+        elif SWAP:
+            inside = k + depth < WIDTH
+            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+            w_tile = tl.load(w_at, mask=exists[:, None] & inside[None, :], other=0.0)
+        else:
+            inside = k + depth < WIDTH
+            x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=exists[None, :] & inside[:, None], other=0.0)
+        if INTERPRETED:
+            # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+            x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
+        if SWAP:
+            total = tl.dot(w_tile, x_tile, total, input_precision="ieee")
+        else:
+            total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
+        x_at += BLOCK_K
+        w_at += BLOCK_K * w_column
+    if SWAP:
+        total = tl.trans(total)
+
+    if HAS_BIAS:
+        TALL: tl.constexpr = COLUMNS * 2 if GATED else COLUMNS
+        shift = tl.load(bias + expert * TALL + row, mask=exists, other=0.0).to(tl.float32)
+        total += shift[None, :]
+    narrow = out.dtype.element_ty
+    if GATED:
+        total = total.to(narrow).to(tl.float32)
+        if INTERLEAVED:
+            gates, others = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N, 2)))
+        else:
+            halves = tl.reshape(total, (BLOCK_M, 2, BLOCK_N))
+            gates, others = tl.split(tl.permute(halves, (0, 2, 1)))
+        result = gated(gates, others, ACTIVATION, LIMIT, ALPHA, narrow)
+    elif ACTIVATION != "":
+        result = activate(total.to(narrow).to(tl.float32), ACTIVATION, narrow)
+    else:
+        result = total
+    column = start + tl.arange(0, BLOCK_N)
+    place = out + (slot.to(tl.int64)[:, None] * COLUMNS + column[None, :])
+    tl.store(place, result.to(narrow), mask=taken[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit
+def sum_choices_kernel(
+    hidden,
+    index,
+    weights,
+    out,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """hidden [T * CHOICES, WIDTH], index and weights [T, CHOICES] -> out [T, WIDTH].
+
+    Rows whose index is no expert here were never written and are not read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(CHOICES):
+        pair = token * CHOICES + choice
+        expert = tl.load(index + pair)
+        here = (expert >= 0) & (expert < EXPERTS)
+        row = tl.load(hidden + pair * WIDTH + column, mask=inside & here, other=0.0).to(tl.float32)
+        part = row * tl.load(weights + pair).to(tl.float32)
+        if hidden.dtype.element_ty == weights.dtype.element_ty:
+            part = part.to(hidden.dtype.element_ty).to(tl.float32)
+        total += part
+    tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)

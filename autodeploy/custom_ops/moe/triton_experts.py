@@ -1,0 +1,240 @@
+"""experts in Triton: routed on the device, so that a CUDA graph can hold it.
+
+A token or two: every pair of a token and a choice reads its expert's weights by itself, in two
+launches. More: pairs are sorted by expert into blocks of rows, then two products over blocks and a
+sum over choices. The grid is for the most blocks there could be; programs beyond the actual number
+end at once. Which tiles are used depends on how many pairs an expert has on average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import gpu
+from ..op import Choice
+from .experts import experts
+from .gates import ACTIVATIONS
+from .sorted_pairs import SortedPairs, sort_pairs
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_EXPERTS = 1024
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Tile of one product for single rows: columns of the result and depth of a step."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """Tile of one product over blocks; `group` blocks share columns of weights (see the kernel)."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 1
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Both products while an expert has at most `pairs_per_expert` pairs on average."""
+
+    pairs_per_expert: float
+    rows: int
+    """Rows of a block: both products share the blocks."""
+    up: BlockTile
+    down: BlockTile
+
+
+# While more than EXPERTS_PER_PAIR experts share a pair, two pairs seldom have the same one.
+EXPERTS_PER_PAIR = 8
+ROW_UP, ROW_DOWN = RowTile(8, 256, 4, 4), RowTile(8, 256, 4, 4)
+TILES = (
+    Tiles(8, 16, BlockTile(32, 128, 4, 4), BlockTile(64, 128, 4, 4)),
+    Tiles(24, 32, BlockTile(64, 128, 4, 4), BlockTile(128, 128, 4, 4)),
+    Tiles(64, 64, BlockTile(64, 64, 4, 4, 4), BlockTile(128, 64, 4, 4, 4)),
+    Tiles(float("inf"), 128, BlockTile(64, 64, 8, 4, 8), BlockTile(128, 64, 8, 4, 8)),
+)  # fmt: skip
+"""Untransposed weights; a gated product's tile has twice `columns` rows of weights."""
+
+
+def _applies(choice: Choice) -> bool:
+    if not gpu.runs_triton(choice.device):
+        return False
+    a = choice.args
+    x, gate_up, down, weights = (a[n] for n in ("x", "gate_up", "down", "top_k_weights"))
+    biases = [b for b in (a["gate_up_bias"], a["down_bias"]) if b is not None]
+    return (
+        x.dim() == 2
+        and x.dtype in _DTYPES
+        and gate_up.dtype is x.dtype
+        and down.dtype is x.dtype
+        and all(t.dtype in _DTYPES for t in (weights, *biases))
+        and a["activation"] in ACTIVATIONS
+        and isinstance(gate_up.shape[0], int)
+        and gate_up.shape[0] <= _MAX_EXPERTS
+    )
+
+
+@experts.implement("triton", when=_applies, priority=10, capturable=True)
+def grouped(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    limit: float = 0.0,
+    alpha: float = 0.0,
+) -> torch.Tensor:
+    """As `experts`; x and the weights of one dtype, at most 1024 experts."""
+    tokens, choices = top_k_index.shape
+    if tokens * choices == 0:
+        return x.new_zeros(x.shape)
+    if not transposed:
+        gate_up, down = gate_up.mT, down.mT
+    up = _Product(gate_up, gate_up_bias, activation, gated, interleaved, limit, alpha)
+    back = _Product(down, down_bias)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+    pairs, total = tokens * choices, gate_up.shape[0]
+    if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
+        return by_row(x, index, weights, up, back)
+    tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
+    return by_block(x, index, weights, up, back, tiles)
+
+
+class _Product:
+    """One of the two products, as kernels take it."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "",
+        gated: bool = False,
+        interleaved: bool = False,
+        limit: float = 0.0,
+        alpha: float = 0.0,
+    ) -> None:
+        """weight [E, width, columns or 2 * columns], bias [E, columns or 2 * columns]."""
+        self.weight = weight
+        self.bias = weight if bias is None else bias.contiguous()
+        # Of an expert, of a row, which is a column of the result, and of a step in depth.
+        self.strides = (weight.stride(0), weight.stride(2), weight.stride(1))
+        self.experts, width, columns = weight.shape
+        self.columns = columns // 2 if gated else columns
+        self.plain: dict[str, Any] = {
+            "WIDTH": width, "COLUMNS": self.columns, "HAS_BIAS": bias is not None,
+            "PDL": gpu.overlaps_launches(),
+        }  # fmt: skip
+        self.form: dict[str, Any] = {
+            "GATED": gated, "INTERLEAVED": interleaved, "ACTIVATION": activation, "LIMIT": limit,
+            "ALPHA": alpha, **self.plain,
+        }  # fmt: skip
+
+    def depth(self, wanted: int) -> int:
+        """Depth of a step: in bytes as measured for 16-bit numbers, and no more than there is."""
+        width = self.plain["WIDTH"]
+        wanted = wanted * 2 // self.weight.element_size()
+        return max(16, min(wanted, 1 << (width - 1).bit_length()))
+
+
+def by_row(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: _Product,
+    down: _Product,
+    up_tile: RowTile = ROW_UP,
+    down_tile: RowTile = ROW_DOWN,
+) -> torch.Tensor:
+    """Every pair by itself."""
+    from .row_kernel import row_down_kernel, row_up_kernel
+
+    tokens, choices = index.shape
+    options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
+    shared = {"EXPERTS": up.experts, "CHOICES": choices}
+    inner = x.new_empty((tokens * choices, up.columns))
+    out = x.new_empty(x.shape)
+    tile = _across(up, up_tile)
+    row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
+        x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **shared,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        **options,
+    )  # fmt: skip
+    tile = _across(down, down_tile)
+    row_down_kernel[(-(-down.columns // tile.columns), tokens)](
+        inner, index, weights, down.weight, down.bias, out, *down.strides, **down.plain, **shared,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def _across(product: _Product, tile: RowTile) -> RowTile:
+    """The tile for this product's layout: its long side lies along what memory holds together."""
+    if product.strides[2] == 1:
+        return RowTile(tile.columns, product.depth(tile.depth), tile.warps, tile.stages)
+    return RowTile(64, 32, tile.warps, tile.stages)
+
+
+def by_block(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: _Product,
+    down: _Product,
+    tiles: Tiles,
+) -> torch.Tensor:
+    """Pairs sorted by expert."""
+    from .experts_kernel import sum_choices_kernel
+
+    tokens, choices = index.shape
+    pairs = tokens * choices
+    order = sort_pairs(index, up.experts, tiles.rows)
+    inner = x.new_empty((pairs, up.columns))
+    hidden = x.new_empty((pairs, down.columns))
+    out = x.new_empty(x.shape)
+    _block_product(x, up, inner, order, choices, tiles.up)
+    _block_product(inner, down, hidden, order, 1, tiles.down)
+    pdl = gpu.overlaps_launches()
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    block = min(1024, 1 << (down.columns - 1).bit_length())
+    sum_choices_kernel[(tokens, -(-down.columns // block))](
+        hidden, index, weights, out, WIDTH=down.columns, EXPERTS=up.experts, CHOICES=choices,
+        BLOCK=block, PDL=pdl, num_warps=4, **options,
+    )  # fmt: skip
+    return out
+
+
+def _block_product(
+    x: torch.Tensor, product: _Product, out: torch.Tensor, order: SortedPairs, choices: int,
+    tile: BlockTile,
+) -> None:  # fmt: skip
+    from .experts_kernel import block_product_kernel
+
+    options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
+    grid = order.max_blocks * -(-product.columns // tile.columns)
+    block_product_kernel[(grid,)](
+        x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
+        out.shape[0], x.stride(0), *product.strides, **product.form, CHOICES=choices,
+        BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=product.depth(tile.depth),
+        GROUP=tile.group, SWAP=tile.swap, INTERPRETED=gpu.interpreted(), num_warps=tile.warps,
+        num_stages=tile.stages, **options,
+    )  # fmt: skip
