@@ -6,6 +6,7 @@ from test_library import Small, count, logits, op_names, program_of
 from tiny_models import tiny_model
 from torch import nn
 
+from autodeploy.custom_ops import gpu
 from autodeploy.custom_ops.moe import route
 from autodeploy.transforms.pipeline import run_recipe, run_step
 from autodeploy.transforms.recipe import Step, load_recipe
@@ -16,14 +17,14 @@ aten = torch.ops.aten
 ON_CPU = {"devices": ("cpu",)}
 
 
-def rewritten(model, matches):
+def rewritten(model, matches, tolerance=0.0):
     """The program after the step, which must find `matches` sites and keep the logits."""
     program = program_of(model, "canonicalize")
     expected = [logits(program, 5, 3), logits(program, 1)]
     step = run_step(program, Step("fuse_router", TRANSFORMS["fuse_router"](**ON_CPU)))
     assert step.matches == matches
     found = [logits(program, 5, 3), logits(program, 1)]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     return program
 
 
@@ -33,7 +34,7 @@ def routes(program):
     return [node.args[1:] for node in nodes]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "normalize"), [("mixtral", True), ("qwen3_moe", True), ("olmoe", False)]
 )
@@ -85,7 +86,8 @@ def no_softmax(x):
 
 
 def double(x):
-    return x.double().softmax(-1).topk(3)
+    values, index = x.double().softmax(-1).topk(3)
+    return values.float(), index
 
 
 @pytest.mark.parametrize(
@@ -125,13 +127,13 @@ def test_weights_that_are_used_otherwise_are_only_chosen(change):
     assert [made[1] for made in routes(rewritten(choose(change), 1))] == [False]
 
 
-def test_leading_dimensions_and_a_scale_stay():
+def test_leading_dimensions_a_scale_and_any_order_stay():
     def body(self, x):
         shares = nn.functional.softmax(x * 3, dim=2, dtype=torch.float32)
         values, index = torch.topk(shares, 4, dim=2, sorted=False)
-        return x * (values * 2.5).sum(-1, keepdim=True) + index[..., :1]
+        return x * (values * 2.5).sum(-1, keepdim=True) + index.sum(-1, keepdim=True)
 
-    (made,) = routes(rewritten(Small(body), 1))
+    (made,) = routes(rewritten(Small(body), 1, tolerance=1e-4))
     assert made[0] == 4
 
 
@@ -140,10 +142,12 @@ def test_nothing_is_done_on_devices_without_a_kernel():
     assert run_step(program, Step("fuse_router", TRANSFORMS["fuse_router"]())).matches == 0
 
 
-def test_the_default_recipe_stays_exact_with_it():
-    model = tiny_model("mixtral")
-    recipe = load_recipe("default", {"fuse_router": ON_CPU})
-    program = program_of(model)
+def test_a_lowered_model_runs_the_kernels_and_keeps_its_logits():
+    model = tiny_model("mixtral", num_hidden_layers=1)
     check = SequenceCheck(reference_logits(model))
-    report = run_recipe(program, recipe, check=lambda program, step: check.prove(program))
-    assert {step.id: step.matches for step in report.steps}["fuse_router"] > 0
+    program = program_of(model)
+    with gpu.interpreted_kernels():
+        run_recipe(program, load_recipe("default", {"fuse_router": ON_CPU}), check=check)
+    chosen = {n.meta["op"]: n.meta["implementation"] for n in program.graph.nodes if "op" in n.meta}
+    assert chosen["route"] == chosen["experts"] == "triton"
+    assert not any("experts" in name for name in program.contract.eager)
