@@ -31,8 +31,10 @@ class ActiveRequest:
         engine_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        streams: bool = True,
     ) -> None:
-        """`engine_id`: the engine's name for it, if it must differ from `request_id`.
+        """`engine_id`: the engine's name for it, if it must differ from `request_id`. `streams`:
+        somebody looks at the output before it is complete.
 
         Raises:
             SamplingParamsError: `params` need a tokenizer and there is none.
@@ -77,6 +79,9 @@ class ActiveRequest:
             )
             for _ in range(params.n)
         ]
+        # Nobody waits for a piece of text: it is made at the end, at once.
+        self._defers_text = not streams and not params.stop_strings
+        self._unread: list[list[int]] = [[] for _ in range(params.n)]
         # Of each sequence: tokens and characters given out, and whether its end was.
         self._streamed = [(0, 0, False) for _ in range(params.n)]
 
@@ -106,6 +111,19 @@ class ActiveRequest:
         self.output.finished = all(c.finished for c in self.output.outputs)
         return stop
 
+    def add_token(self, index: int, token_id: int) -> bool:
+        """One more token of sequence `index`, with nothing else to say of it.
+
+        False, and nothing done, if its text may matter now: then `update` must be told.
+        """
+        if not self._defers_text:
+            return False
+        completion = self.output.outputs[index]
+        if completion.finish_reason is None:
+            completion.token_ids.append(token_id)
+            self._unread[index].append(token_id)
+        return True
+
     def _fail(self, completion: CompletionOutput, error: errors.AutodeployError) -> None:
         self.output.error = error
         completion.finish_reason = "error"
@@ -119,6 +137,9 @@ class ActiveRequest:
 
     def _extend(self, index: int, completion: CompletionOutput, event: TokenOutput) -> bool:
         text = self._text[index]
+        if self._unread[index]:
+            text.append(self._unread[index])
+            self._unread[index].clear()
         kept = len(event.token_ids)
         # A stop token is one of the tokens; it is text only where stop strings are, too.
         silent = event.finish_reason == "stop" and not self.params.include_stop_str_in_output

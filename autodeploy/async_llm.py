@@ -29,7 +29,7 @@ from .outputs import RequestOutput
 from .prompts import check_prompt, params_for_each, read_prompts
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
-from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput
+from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput, one_by_one
 from .runtime.sampling_params import SamplingParams
 
 OutputKind = Literal["delta", "cumulative", "final"]
@@ -269,7 +269,7 @@ class AsyncLLM:
     def _take(self, events: list[Any]) -> None:
         stopped: list[str] = []
         touched: dict[int, _Stream] = {}
-        for event in events:
+        for event in one_by_one(events):
             if isinstance(event, EngineDied):
                 self._die(dead_error(event))
                 return

@@ -39,10 +39,20 @@ def build_engine(config: DeployConfig) -> EngineCore:
             scheduler=scheduler,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_pages=config.num_pages,
+            overlap=config.async_scheduling,
+            graph_sizes=_graph_sizes(config),
         ),
     )
-    engine.summary = summary
+    contract = runner.contract
+    dtype = str(contract.dtype).removeprefix("torch.")
+    engine.summary = {**summary, "device": str(contract.device), "dtype": dtype}
     return engine
+
+
+def _graph_sizes(config: DeployConfig) -> tuple[int, ...] | None:
+    if config.enforce_eager:
+        return ()
+    return None if config.cuda_graph_sizes is None else tuple(config.cuda_graph_sizes)
 
 
 def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ class DeployConfig:
     """None: enough for `max_num_seqs` full sequences, but at most a quarter of free memory."""
     num_pages: int | None = None
     """Exact number of KV pages per cache group; overrides the memory budget."""
+    enforce_eager: bool = False
+    """On a GPU: launch every kernel of a decoding step by itself, without CUDA graphs."""
+    cuda_graph_sizes: Sequence[int] | None = None
+    """Numbers of decoding requests to capture CUDA graphs for; None: a range up to max_num_seqs."""
+    async_scheduling: bool | None = None
+    """Plan a step while the one before runs; None: on a GPU."""
     executor: str = "inprocess"
     """inprocess, or process: a worker process that a crash cannot take the caller down with."""
     verify: bool = False
@@ -63,6 +69,12 @@ class DeployConfig:
         for name in ("max_model_len", "max_prefill_chunk", "kv_cache_memory_bytes", "num_pages"):
             if getattr(self, name) is not None:
                 self._positive(name)
+        for size in self.cuda_graph_sizes or ():
+            if type(size) is not int or not 1 <= size <= self.max_num_seqs:
+                raise ConfigError(
+                    f"cuda_graph_sizes has {size!r}; use integers from 1 to max_num_seqs="
+                    f"{self.max_num_seqs}"
+                )
         self._one_of("executor", EXECUTORS)
         self._one_of("dtype", DTYPES)
         if type(self.seed) is not int:

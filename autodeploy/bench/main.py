@@ -1,4 +1,4 @@
-"""`autodeploy bench`: throughput beside Hugging Face, and start-up, in one run each."""
+"""`autodeploy bench`: decode, prefill, throughput, serving and start-up, beside their floors."""
 
 from __future__ import annotations
 
@@ -6,123 +6,283 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..cli.options import add_deploy_options
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+    from .report import Roof, Row
+    from .target import Target
+    from .workload import Workload
 
 _EXAMPLES = """\
 examples:
   autodeploy bench throughput                            # 101 M random Llama, 32 ragged requests
   autodeploy bench throughput --against generate --against generate_batch --threads 2
   autodeploy bench throughput --model examples/demo_model --requests 64
+  autodeploy bench latency --dummy llama-3.2-1b --batch 1 8 64 256
+  autodeploy bench all --dummy llama-3.1-8b --kinds latency prefill throughput --workload a256
   autodeploy bench startup examples/demo_model           # cold, then warm artifact cache
 """
+
+KINDS = ("latency", "prefill", "throughput", "serve")
+"""What one deployment can be measured for, in this order; serving is last, it ends the engine."""
+_HELP = {
+    "latency": "ms per decode step, by batch size",
+    "prefill": "prompt tokens/s",
+    "throughput": "output tokens/s of a ragged workload",
+    "serve": "latencies of requests that arrive at a rate",
+}
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds `bench` to the command line."""
     parser = subparsers.add_parser(
-        "bench", help="measure throughput and start-up", epilog=_EXAMPLES,
+        "bench", help="measure speed and start-up", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     kinds = parser.add_subparsers(dest="bench", required=True, metavar="KIND")
-    _add_throughput(kinds)
-    _add_startup(kinds)
+    for kind in KINDS:
+        _add_kind(kinds, kind, _HELP[kind], (kind,))
+    _add_kind(kinds, "all", "several kinds of one deployment", KINDS)
+    startup = kinds.add_parser("startup", help="seconds from deploy() to the first token")
+    startup.add_argument("checkpoint", nargs="?", help="checkpoint directory or hub id")
+    _add_shared(startup)
+    startup.set_defaults(run=run_startup)
 
 
-def _add_throughput(kinds: Any) -> None:
-    parser = kinds.add_parser("throughput", help="output tokens/s of a ragged workload")
-    parser.add_argument("--model", help="checkpoint; default: a random Llama of 101 M parameters")
-    parser.add_argument("--requests", type=int, default=32, help="how many")
-    parser.add_argument(
-        "--prompt",
-        type=_range,
-        default=(32, 256),
-        metavar="LOW:HIGH",
-        help="prompt tokens, uniform in the range",
+def _add_kind(parsers: Any, name: str, text: str, kinds: tuple[str, ...]) -> None:
+    parser = parsers.add_parser(
+        name, help=text, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if len(kinds) > 1:
+        parser.add_argument(
+            "--kinds", nargs="+", choices=kinds, default=list(kinds[:-1]), help="which"
+        )
+    else:
+        parser.set_defaults(kinds=list(kinds))
+    _add_shared(parser)
     parser.add_argument(
-        "--output",
-        type=_range,
-        default=(32, 256),
-        metavar="LOW:HIGH",
-        help="output tokens, uniform in the range",
-    )
-    parser.add_argument(
-        "--against", action="append", default=[], choices=("generate", "generate_batch"),
-        help="also run transformers on the same work (repeatable)",
+        "--repeat", type=_positive, metavar="N",
+        help="runs, of which the median counts; default: 3, throughput 1",
     )  # fmt: skip
-    parser.add_argument("--recipe", default="default", help="name or path")
+    if "latency" in kinds:
+        _add_latency(parser)
+    if "prefill" in kinds:
+        parser.add_argument("--prefill", type=_product, default=(64, 1024), metavar="NxLENGTH",
+                            help="prompts and their tokens (default: 64x1024)")  # fmt: skip
+    if "throughput" in kinds or "serve" in kinds:
+        _add_workload(parser)
+    if "throughput" in kinds:
+        parser.add_argument(
+            "--against", action="append", default=[], choices=("generate", "generate_batch", "hf"),
+            help="also run transformers on the same work (repeatable); hf is generate_batch",
+        )  # fmt: skip
+    if "serve" in kinds:
+        parser.add_argument("--rate", type=_rate, default=float("inf"), metavar="R",
+                            help="requests a second; default: all at once")  # fmt: skip
+    parser.set_defaults(run=run_kinds)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="checkpoint directory or hub id")
+    model.add_argument(
+        "--dummy", metavar="CONFIG",
+        help="random weights for a config.json, its directory, or a named shape such as "
+        "llama-3.2-1b; default: a Llama of 101 M parameters",
+    )  # fmt: skip
+    add_deploy_options(parser)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0, help="of the workload and random weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.set_defaults(run=run_throughput)
 
 
-def _add_startup(kinds: Any) -> None:
-    parser = kinds.add_parser("startup", help="seconds from deploy() to the first token")
-    parser.add_argument("model", help="checkpoint directory or hub id")
-    parser.add_argument("--recipe", default="default", help="name or path")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.set_defaults(run=run_startup)
+def _add_latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 64, 256],
+                        help="sequences in a step (default: 1 8 64 256)")  # fmt: skip
+    parser.add_argument("--kv", type=_positive, default=576,
+                        help="mean tokens known of a sequence (default: 576)")  # fmt: skip
+    parser.add_argument("--steps", type=_positive, default=128, help="timed (default: 128)")
+    parser.add_argument("--profile", type=Path, metavar="FILE",
+                        help="also write a chrome trace of 20 steps")  # fmt: skip
 
 
-def run_throughput(args: argparse.Namespace) -> int:
-    """Prints a table of output tokens per second; writes JSON if asked."""
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workload", choices=("ragged", "a256"), default="ragged",
+                        help="a256: 256 requests of 100:1024 prompt and output tokens")  # fmt: skip
+    parser.add_argument("--requests", type=_positive, default=32, help="how many")
+    for name in ("prompt", "output"):
+        parser.add_argument(
+            f"--{name}", type=_range, default=(32, 256), metavar="LOW:HIGH",
+            help=f"{name} tokens, uniform in the range",
+        )  # fmt: skip
+
+
+def run_kinds(args: argparse.Namespace) -> int:
+    """Deploys once, measures every kind asked for, prints a table; writes JSON if asked."""
     import torch
 
-    from ..checkpoint import load_model
-    from ..deployment import deploy
     from .memory import memory_report
-    from .throughput import AGAINST, run_autodeploy
-    from .workload import ragged, random_llama
+    from .report import Roof, roof_to_dict, table
+    from .target import Target, deployed
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_model(args.model) if args.model else random_llama(seed=args.seed)
-    work = ragged(args.requests, args.prompt, args.output, model.config.vocab_size, args.seed)  # type: ignore[union-attr, arg-type]
+    target = Target.of(args)
+    _refuse_batches(args)
+    report: dict[str, Any] = {"model": target.name}
+    rows: list[Row] = []
+    with deployed(target) as (llm, ready):
+        roof = Roof.over(llm)
+        work = _workload(args, llm.vocab_size)
+        print(_heading(target, llm, ready, roof), file=sys.stderr)
+        for kind in [kind for kind in KINDS[:-1] if kind in args.kinds]:
+            rows += _measure(kind, args, llm, roof, work)
+        memory = memory_report(llm)
+        report.update(ready=ready, memory_bytes=memory, summary=llm.summary, **roof_to_dict(roof))
+        if "serve" in args.kinds:
+            rows += _measure("serve", args, llm, roof, work)
+    if "throughput" in args.kinds and args.against:
+        rows += _others(args.against, target, work)
+    print(table(rows, roof.cause))
+    _write(args.json, {**report, "results": [row.to_dict() for row in rows]})
+    return 0
+
+
+def _measure(
+    kind: str, args: argparse.Namespace, llm: LLM, roof: Roof, work: Workload
+) -> list[Row]:
+    # Here, not above: --help must not import torch.
+    from . import latency, prefill, serve, throughput
+    from .profile import StepProfile
+
+    if kind == "latency":
+        profile = None if args.profile is None else StepProfile(args.profile)
+        return latency.measure(
+            llm, roof, args.batch, args.kv, args.steps, _budget(args), args.repeat or 3, profile
+        )
+    if kind == "prefill":
+        requests, length = args.prefill
+        return [prefill.measure(llm, roof, requests, length, args.repeat or 3)]
+    if kind == "throughput":
+        return [throughput.measure(llm, roof, work, _most(args), args.repeat or 1)]
+    return serve.measure(llm, work, args.rate, args.seed)
+
+
+def _others(names: list[str], target: Target, work: Workload) -> list[Row]:
+    """transformers on the same work, when our engine has given its memory back."""
+    import gc
+
+    import torch
+
+    from .throughput import measure_against
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    model = target.live_model()
+    return [measure_against(name, model, work) for name in names]
+
+
+def _workload(args: argparse.Namespace, vocab: int) -> Workload:
+    from .workload import Workload, a256, ragged
+
+    if not {"throughput", "serve"} & set(args.kinds):
+        return Workload((), ())
+    if args.workload == "a256":
+        work = a256(vocab)
+    else:
+        work = ragged(args.requests, args.prompt, args.output, vocab, args.seed)
     print(
         f"{len(work.prompts)} requests, {work.prompt_tokens} prompt and {work.output_tokens} "
-        f"output tokens, {torch.get_num_threads()} threads",
+        "output tokens",
         file=sys.stderr,
     )
-    results = []
-    with deploy(model, recipe=args.recipe) as llm:
-        results.append(run_autodeploy(llm, work))
-        memory = memory_report(llm)
-    results += [AGAINST[name](model, work) for name in args.against]
-    print(f"{'system':32} {'seconds':>8} {'tok/s':>8} {'ours is':>8}")
-    for r in results:
-        ratio = results[0].tokens_per_second / r.tokens_per_second
-        print(f"{r.name:32} {r.seconds:8.1f} {r.tokens_per_second:8.1f} {ratio:7.2f}x")
-    _write(args.json, {
-        "results": [
-            {"name": r.name, "seconds": r.seconds, "tokens_per_second": r.tokens_per_second}
-            for r in results
-        ],
-        "memory_bytes": memory,
-    })  # fmt: skip
-    return 0
+    return work
+
+
+def _heading(target: Target, llm: LLM, ready: dict[str, float], roof: Roof) -> str:
+    import torch
+
+    where = llm.summary["device"]
+    if where.startswith("cuda"):
+        where = torch.cuda.get_device_name(where)
+    else:
+        where += f", {torch.get_num_threads()} threads"
+    text = (
+        f"{target.name}, {llm.summary['dtype']}, {where}; deployed in {ready['deploy']:.1f} s, "
+        f"ready {ready['process']:.1f} s after the process began"
+    )
+    if roof.peaks is not None:
+        text += (
+            f"; roof: {roof.peaks.bytes_per_second / 1e9:,.0f} GB/s, "
+            f"{roof.peaks.flops / 1e12:,.1f} TFLOP/s ({roof.peaks.source})"
+        )
+    return text
 
 
 def run_startup(args: argparse.Namespace) -> int:
     """Prints seconds and memory of a cold and a warm start, each in a process of its own."""
-    from .startup import measure
+    from .startup import measure, table
+    from .target import Target
 
-    report = measure(args.model, args.recipe)
-    print(f"{'start':6} {'import':>7} {'deploy':>7} {'first token':>12} {'deploy to token':>16}")
-    for name in ("cold", "warm"):
-        row = report[name]
-        total = row["deploy"] + row["first_token"]
-        print(
-            f"{name:6} {row['import']:7.2f} {row['deploy']:7.2f} {row['first_token']:12.2f} "
-            f"{total:16.2f}"
-        )
-    row = report["warm"]
-    print(
-        f"memory: {row['resident_mib']:.0f} MiB resident, of it {row['weights_mib']:.0f} weights "
-        f"and {row['caches_mib']:.0f} caches (touched); the rest is {row['rest_mib']:.0f}"
-    )
+    if args.checkpoint is not None:
+        if args.model or args.dummy:
+            raise ConfigError("name one model: CHECKPOINT, --model or --dummy")
+        args.model = args.checkpoint
+    report = measure(Target.of(args))
+    print(table(report))
     _write(args.json, report)
     return 0
+
+
+def _most(args: argparse.Namespace) -> int:
+    from ..config import DeployConfig
+
+    return int(args.max_num_seqs or DeployConfig.max_num_seqs)
+
+
+def _budget(args: argparse.Namespace) -> int:
+    from ..config import DeployConfig
+
+    return int(args.max_num_batched_tokens or DeployConfig.max_num_batched_tokens)
+
+
+def _refuse_batches(args: argparse.Namespace) -> None:
+    if "latency" not in args.kinds:
+        return
+    if max(args.batch) > _most(args):
+        raise ConfigError(
+            f"--batch {max(args.batch)} is more than --max-num-seqs {_most(args)}; raise that"
+        )
+    if args.profile is not None and args.executor == "process":
+        raise ConfigError("--profile needs the engine in this process; leave out --executor")
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, "a positive integer")
+
+
+def _rate(text: str) -> float:
+    return _number(text, float, "a positive number, or inf")
+
+
+def _number(text: str, kind: Any, wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected {wanted}, not '{text}'")
+    return value
+
+
+def _product(text: str) -> tuple[int, int]:
+    count, _, length = text.lower().partition("x")
+    return _positive(count), _positive(length)
 
 
 def _range(text: str) -> tuple[int, int]:

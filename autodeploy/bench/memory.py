@@ -21,14 +21,21 @@ def resident_bytes() -> int:
 
 
 def memory_report(llm: LLM) -> dict[str, int]:
-    """Bytes resident, and of them weights and cache pages that were ever written."""
-    engine = llm._executor._engine  # type: ignore[attr-defined]
+    """Bytes resident, and of them weights and cache pages that were ever written.
+
+    On a GPU weights and caches are on the device, whose most bytes ever allocated are `device`;
+    caches are whole. Empty if the engine is in another process.
+    """
+    engine = getattr(llm._executor, "_engine", None)
+    if engine is None:
+        return {}
     runner = engine._runner
-    return {
-        "resident": resident_bytes(),
-        "weights": runner.weight_bytes,
-        "caches": min(engine.cache_bytes, _touched_bytes(runner.caches)),
-    }
+    resident = {"resident": resident_bytes(), "weights": getattr(runner, "weight_bytes", 0)}
+    if runner.contract.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runner.contract.device)
+        return {**resident, "caches": engine.cache_bytes, "device": peak}
+    touched = _touched_bytes(getattr(runner, "caches", []))
+    return {**resident, "caches": min(engine.cache_bytes, touched)}
 
 
 def _touched_bytes(caches: list[torch.Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..custom_ops.cost import Cost
 from ..llm import LLM
 from ..runtime.sampling_params import SamplingParams
+from ..transforms.cost import Peaks, workload_floor_seconds
+from .report import Roof, Row
 from .workload import Workload
 
 BATCH = 8
@@ -39,35 +43,73 @@ def run_autodeploy(llm: LLM, work: Workload) -> Result:
     return Result("autodeploy", seconds, made)
 
 
+def measure(llm: LLM, roof: Roof, work: Workload, most: int, repeat: int) -> Row:
+    """The median of `repeat` runs. most: requests that run at once."""
+    runs = [run_autodeploy(llm, work) for _ in range(repeat)]
+    rate = statistics.median(run.tokens_per_second for run in runs)
+    prompts = [len(prompt) for prompt in work.prompts]
+
+    def floor(cost: Cost, peaks: Peaks) -> float:
+        seconds = workload_floor_seconds(cost, prompts, work.outputs, most, peaks)
+        return work.output_tokens / seconds
+
+    details = {
+        "seconds": work.output_tokens / rate,
+        "tokens_per_second": rate,
+        "runs": [run.tokens_per_second for run in runs],
+    }
+    return Row("throughput", "autodeploy", rate, "tok/s", roof.floor(floor), details)
+
+
+def measure_against(name: str, model: nn.Module, work: Workload) -> Row:
+    """One run of one of AGAINST."""
+    result = AGAINST[name](model, work)
+    rate = result.tokens_per_second
+    details = {"seconds": result.seconds, "tokens_per_second": rate}
+    return Row("throughput", result.name, rate, "tok/s", None, details)
+
+
 def run_generate(model: nn.Module, work: Workload) -> Result:
     """`model.generate` in batches of 8 with left padding; a batch runs to its longest output.
 
     Only tokens that were asked for count.
     """
+    device = next(model.parameters()).device
     started = time.perf_counter()
     for first in range(0, len(work.prompts), BATCH):
         prompts = work.prompts[first : first + BATCH]
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = (torch.arange(width) >= torch.tensor([[width - len(p)] for p in prompts])).long()
         longest = max(work.outputs[first : first + BATCH])
         with torch.inference_mode():
             model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=longest
+                ids,
+                attention_mask=mask.to(device),
+                eos_token_id=None,
+                do_sample=False,
+                max_new_tokens=longest,
             )
     return Result("transformers generate", time.perf_counter() - started, work.output_tokens)
 
 
 def run_generate_batch(model: nn.Module, work: Workload) -> Result:
-    """transformers' continuous batching, each request with its own number of tokens."""
+    """transformers' continuous batching, each request with its own number of tokens.
+
+    On a GPU with the fastest attention that is installed, which lets it use CUDA graphs and
+    overlap its host; warm-up is not timed.
+    """
     from transformers import GenerationConfig
 
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if on_gpu:
+        model.set_attn_implementation(_fastest_attention())  # type: ignore[operator]
     config = GenerationConfig(do_sample=False, max_new_tokens=max(work.outputs), pad_token_id=0)
-    started = time.perf_counter()
     made = 0
     with model.continuous_batching_context_manager(  # type: ignore[operator]
-        generation_config=config, block=True, timeout=5, warmup=False
+        generation_config=config, block=True, timeout=5, warmup=on_gpu
     ) as manager:
+        started = time.perf_counter()
         for index, (prompt, count) in enumerate(zip(work.prompts, work.outputs, strict=True)):
             manager.add_request(
                 list(prompt), request_id=f"r{index}", max_new_tokens=count, eos_token_id=-1
@@ -82,11 +124,21 @@ def run_generate_batch(model: nn.Module, work: Workload) -> Result:
             if result.is_finished():
                 finished += 1
                 made += len(result.generated_tokens)
-    return Result("transformers generate_batch", time.perf_counter() - started, made)
+        seconds = time.perf_counter() - started
+    return Result("transformers generate_batch", seconds, made)
+
+
+def _fastest_attention() -> str:
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 AGAINST: dict[str, Callable[[nn.Module, Workload], Result]] = {
     "generate": run_generate,
     "generate_batch": run_generate_batch,
+    "hf": run_generate_batch,
 }
 """What `--against` can name."""

@@ -1,12 +1,9 @@
-"""Workloads and models that benchmarks are stated in: the same every time, by seed."""
+"""Workloads that benchmarks are stated in: the same every time, by seed."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-
-import torch
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -36,24 +33,6 @@ def ragged(
     return Workload(prompts, tuple(source.randint(*output) for _ in range(requests)))
 
 
-def random_llama(
-    hidden: int = 768, layers: int = 12, heads: int = 12, kv_heads: int = 4,
-    intermediate: int = 2048, vocab: int = 16384, seed: int = 0,
-) -> nn.Module:  # fmt: skip
-    """A Llama of random float32 weights; the defaults have 101 M parameters."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+def a256(vocab: int) -> Workload:
+    """256 requests; prompts and outputs of 100 to 1024 tokens: all prompts are drawn first."""
+    return ragged(256, (100, 1024), (100, 1024), vocab, seed=0)

@@ -1,5 +1,5 @@
 """What graph nodes mean, and every way to run them. Importing this registers every op."""
 
-from . import attention, gate, module, moe, norm, rope, state
+from . import attention, gate, linear, module, moe, norm, rope, state, step
 
-__all__ = ["attention", "gate", "module", "moe", "norm", "rope", "state"]
+__all__ = ["attention", "gate", "linear", "module", "moe", "norm", "rope", "state", "step"]

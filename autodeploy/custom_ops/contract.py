@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from .cost import Cost
+
 METADATA: dict[str, str] = {
     "input_ids": "[1, T] int64: the step's new tokens of all sequences, side by side",
     "position_ids": "[1, T] int64: each token's position in its own sequence",
@@ -122,6 +124,8 @@ class Contract:
     """None: keys do not depend on how long the prompt was."""
     eager: tuple[str, ...] = ()
     """Ops, with their implementations, that no CUDA graph can hold: the host decides in them."""
+    cost: Cost | None = None
+    """What a step must read and compute; None: unknown."""
 
     @property
     def token_groups(self) -> tuple[CacheGroup, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .contract import CacheSpec
+from .cost import Cost
 
 NAMESPACE = "autodeploy"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -86,6 +87,9 @@ class Op:
     capturable: bool = False
     """Of the reference; see `Implementation.capturable`."""
     cached: Cached | None = None
+    cost: Callable[[Mapping[str, Any]], Cost] | None = None
+    """From one call's arguments by schema name (fake tensors) to what it costs, the weights among
+    them included."""
     implementations: list[Implementation] = field(default_factory=list)
     shape_rule: Callable[..., Any] | None = None
 

@@ -7,7 +7,7 @@ program asks for. Both write into arrays that live as long as the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class SequenceChunk:
 
 
 class StepPlan:
-    """One step: B requests, T tokens, N rows of logits; valid until the next is made.
+    """One step: B requests, T tokens, N rows of logits; valid until the next but one is made.
 
     Args:
         max_num_seqs: largest B.
@@ -69,7 +69,14 @@ class StepPlan:
         self._counts = np.zeros(max_num_seqs, dtype=np.int64)
         self._samples = np.zeros(max_num_seqs, dtype=np.bool_)
         self._key_lengths = np.ones(max_num_seqs, dtype=np.int64)
+        self._limits = np.zeros(max_num_seqs, dtype=np.int64)
         self._cu_q = np.zeros(max_num_seqs + 1, dtype=np.int64)
+        self.unresolved = False
+        """Whether it computes tokens that only the device knows yet."""
+        self.only_decodes = False
+        """Whether each request computes its newest token, and nothing else is asked for."""
+        self.follows = False
+        """Whether it computes the tokens that the step before sampled, request by request."""
         self.logit_index = np.zeros(0, dtype=np.int64)
         """[N] ascending rows of T; at least one, even when no logits are needed."""
         self.sampled_at = np.zeros(0, dtype=np.int64)
@@ -118,9 +125,38 @@ class StepPlan:
         """T."""
         return int(self._cu_q[len(self.requests)])
 
+    @property
+    def ends(self) -> np.ndarray:
+        """[B] int64 known tokens of each request after this step."""
+        return self.starts + self.counts
+
     def clear(self) -> None:
-        self.requests.clear()
-        self.prompt_rows.clear()
+        self.requests = []
+        self.prompt_rows = []
+        self.unresolved = self.follows = False
+
+    def follow(self, before: StepPlan) -> bool:
+        """Becomes the step after `before`, if that only decodes: one token more of each request.
+
+        False if a request has no token left to compute. Costs nothing per request.
+        """
+        size = len(before)
+        starts = before.starts + 1
+        if (starts + 1 >= before._limits[:size]).any():
+            return False
+        self.requests, self.prompt_rows = before.requests, []
+        for mine, theirs in (
+            (self._slots, before._slots), (self._rows, before._rows),
+            (self._counts, before._counts), (self._key_lengths, before._key_lengths),
+            (self._samples, before._samples), (self._limits, before._limits),
+        ):  # fmt: skip
+            mine[:size] = theirs[:size]
+        self._starts[:size] = starts
+        self._cu_q[: size + 1] = before._cu_q[: size + 1]
+        self.logit_index, self.sampled_at = before.logit_index, before.sampled_at
+        self.unresolved = before.requests[0].unresolved
+        self.only_decodes = self.follows = True
+        return True
 
     def add(self, request: RequestState, start: int, count: int) -> None:
         """Computes `count` tokens of a running request from position `start` on."""
@@ -131,7 +167,9 @@ class StepPlan:
         self._starts[at] = start
         self._counts[at] = count
         self._key_lengths[at] = request.key_length
+        self._limits[at] = request.limit
         self._samples[at] = start + count == request.known
+        self.unresolved |= request.unresolved
         if request.missing_prompt_logprobs:
             first = request.next_prompt_row
             end = min(start + count, request.prompt_tokens - 1)
@@ -141,6 +179,9 @@ class StepPlan:
     def seal(self) -> StepPlan:
         """Works out cu_q and which rows need logits, once all requests are added."""
         size = len(self.requests)
+        self.only_decodes = not self.prompt_rows and bool(
+            self.samples.all() and (self.counts == 1).all()
+        )
         np.cumsum(self.counts, out=self._cu_q[1 : size + 1])
         needed = np.zeros(self.num_tokens, dtype=np.bool_)
         last = self.cu_q[1:][self.samples] - 1
@@ -175,7 +216,7 @@ class StepPlan:
 
 
 class StepInputs:
-    """Stages the step metadata of one program: exactly the names in `contract.metadata`.
+    """Works out the step metadata of one program: exactly the names in `contract.metadata`.
 
     Raises:
         EngineError: the program asks for something the runtime does not know.
@@ -191,56 +232,76 @@ class StepInputs:
                     f"it knows {', '.join(sorted(known))}"
                 )
         self._names = contract.metadata
-        self._device = contract.device
         self._page_size = tables.page_size
         self._tables = {
             f"{name}_{group}": table for group, table in tables.tables.items() for name in PER_GROUP
         }
         self._buffers: dict[str, np.ndarray] = {}
 
-    def build(self, plan: StepPlan) -> dict[str, Tensor]:
-        """Shapes and dtypes as in METADATA; on the CPU they are views, valid for this step."""
-        ends = plan.starts + plan.counts
-        first = plan.starts - plan.cu_q[:-1]
-        positions = np.arange(plan.num_tokens) + np.repeat(first, plan.counts)
-        places = _Places(
-            np.repeat(plan.slots, plan.counts),
-            positions // self._page_size,
-            positions % self._page_size,
-            pages_needed(int(ends.max()), self._page_size),
-        )
-        values = {
-            "position_ids": positions[None],
-            "logit_index": plan.logit_index,
-            "cu_q": plan.cu_q,
-            "kv_len": ends,
-            "state_slot": plan.slots,
+    def shapes(
+        self, tokens: int, sequences: int, rows: int
+    ) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and numpy dtype of every input but the block tables, for steps of a size."""
+        sizes = {
+            "input_ids": (1, tokens), "position_ids": (1, tokens), "known_len": (1, tokens),
+            "logit_index": (rows,), "cu_q": (sequences + 1,), "kv_len": (sequences,),
+            "state_slot": (sequences,),
+        }  # fmt: skip
+        return {
+            name: (sizes.get(name, (tokens,)), np.int32 if name in INT32 else np.int64)
+            for name in self._names
+            if not name.startswith("block_table_")
         }
-        if "known_len" in self._names:
-            of_prompt = np.repeat(plan.key_lengths, plan.counts)
-            values["known_len"] = np.maximum(of_prompt, positions + 1)[None]
-        inputs = {}
-        for name in self._names:
-            if name == "input_ids":
-                staged = self._staged(name, (1, plan.num_tokens), np.int64)
-                _write_input_ids(plan, staged[0])
-            elif name in values:
-                dtype = np.int32 if name in INT32 else np.int64
-                staged = self._staged(name, values[name].shape, dtype)
-                staged[...] = values[name]
-            elif name.startswith("block_table_"):
-                staged = self._staged(name, (len(plan), places.width), np.int32)
-                table = self._tables[name][:, : places.width]
-                np.take(table, plan.slots, axis=0, out=staged, mode="clip")
-            else:
-                staged = self._staged(name, (plan.num_tokens,), np.int64)
-                staged[:] = self._tables[name][places.slot, places.column]
-                staged *= self._page_size
-                staged += places.offset
-            inputs[name] = torch.from_numpy(staged).to(self._device)
-        return inputs
 
-    def _staged(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def write(self, plan: StepPlan, arrays: Mapping[str, np.ndarray]) -> None:
+        """Fills the leading entries of arrays that are as in `shapes`, or larger."""
+        sequences, tokens = len(plan), plan.num_tokens
+        if plan.only_decodes:
+            # The hot path: nothing needs to be repeated or counted out.
+            positions, slots = plan.starts, plan.slots
+        else:
+            first = plan.starts - plan.cu_q[:-1]
+            positions = np.arange(tokens) + np.repeat(first, plan.counts)
+            slots = np.repeat(plan.slots, plan.counts)
+        for name, array in arrays.items():
+            if name == "input_ids":
+                _write_input_ids(plan, array[0])
+            elif name == "position_ids":
+                array[0, :tokens] = positions
+            elif name == "known_len":
+                of_prompt = np.repeat(plan.key_lengths, plan.counts)
+                array[0, :tokens] = np.maximum(of_prompt, positions + 1)
+            elif name == "logit_index":
+                array[: len(plan.logit_index)] = plan.logit_index
+            elif name == "cu_q":
+                array[: sequences + 1] = plan.cu_q
+            elif name == "kv_len":
+                array[:sequences] = plan.ends
+            elif name == "state_slot":
+                array[:sequences] = plan.slots
+            else:
+                array[:tokens] = self._tables[name][slots, positions // self._page_size]
+                array[:tokens] *= self._page_size
+                array[:tokens] += positions % self._page_size
+
+    def table_width(self, plan: StepPlan) -> int:
+        """Columns of the block tables that the step can read."""
+        return pages_needed(int(plan.ends.max()), self._page_size)
+
+    def build(self, plan: StepPlan) -> dict[str, Tensor]:
+        """Every input as in METADATA, on the CPU: views, valid until the next call."""
+        wanted = self.shapes(plan.num_tokens, len(plan), len(plan.logit_index))
+        arrays = {name: self._buffer(name, *of_name) for name, of_name in wanted.items()}
+        self.write(plan, arrays)
+        width = self.table_width(plan)
+        for name in self._names:
+            if name.startswith("block_table_"):
+                arrays[name] = self._buffer(name, (len(plan), width), np.int32)
+                table = self._tables[name][:, :width]
+                np.take(table, plan.slots, axis=0, out=arrays[name], mode="clip")
+        return {name: torch.from_numpy(arrays[name]) for name in self._names}
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """A contiguous array of this shape in the buffer of that name."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
@@ -249,17 +310,10 @@ class StepInputs:
         return buffer[:size].reshape(shape)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the step's T tokens lie in block tables, and how wide these are."""
-
-    slot: np.ndarray
-    column: np.ndarray
-    offset: np.ndarray
-    width: int
-
-
 def _write_input_ids(plan: StepPlan, out: np.ndarray) -> None:
+    if plan.follows and plan.unresolved:
+        np.subtract(-1, plan.slots, out=out[: len(plan)])
+        return
     begin = 0
     for request, start, count in zip(
         plan.requests, plan.starts.tolist(), plan.counts.tolist(), strict=True

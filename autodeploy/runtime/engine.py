@@ -1,9 +1,14 @@
 """EngineCore: requests in, tokens out, one step at a time.
 
-    plan = scheduler.schedule()      which tokens to compute
-    logits = runner.forward(inputs)  one packed batch of them
-    result = sampler.sample(logits)  one token per request that has all its tokens computed
-    scheduler.commit(plan)           pages are full, the next step may share them
+    plan = scheduler.schedule()          which tokens to compute
+    logits = step.forward(plan)          one packed batch of them
+    sampling = sampler.launch(logits)    one token per request that has all its tokens computed
+    sampling.result()                    the tokens, on the host
+
+On an accelerator the host never waits between the first three: while one step runs there, the
+tokens of the one before are handed out here and the one after is planned (`overlap`). The host's
+part of a step costs time only where it is longer than the device's. Which tokens end a request is
+then seen one step late, and what that step computed for it is dropped.
 
 It knows nothing of text, sockets or threads: an executor hosts it, a front feeds it.
 """
@@ -11,6 +16,7 @@ It knows nothing of text, sockets or threads: an executor hosts it, a front feed
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,12 +37,22 @@ from autodeploy.errors import (
     UnknownTokenError,
 )
 
-from .batch import StepInputs, StepPlan
+from .batch import StepPlan
 from .caches import plan_caches
-from .messages import EngineRequest, EngineStats, RequestFailed, TokenLogprob, TokenOutput
+from .device_step import DeviceStep
+from .graphs import default_sizes
+from .host_step import HostStep
+from .messages import (
+    EngineRequest,
+    EngineStats,
+    RequestFailed,
+    TokenBatch,
+    TokenLogprob,
+    TokenOutput,
+)
 from .request import RequestState
 from .runner import ModelRunner
-from .sampler import Sampler, SampleResult
+from .sampler import Sampler, Sampling
 from .scheduler import Scheduler, SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -48,10 +64,17 @@ class TokenSampler(Protocol):
     def add(self, row: int, request: EngineRequest) -> None: ...
     def remove(self, row: int) -> None: ...
     def append(self, row: int, token_id: int) -> None: ...
-    def sample(self, logits: Tensor, rows: Sequence[int] | np.ndarray) -> SampleResult: ...
+    def launch(self, logits: Tensor, rows: np.ndarray) -> Sampling: ...
     def prompt_logprobs(
         self, logits: Tensor, next_token_ids: Sequence[int], k: int
     ) -> list[list[TokenLogprob]]: ...
+
+
+class Step(Protocol):
+    """How planned steps run: `host_step.HostStep` or `device_step.DeviceStep`."""
+
+    def forward(self, plan: StepPlan) -> Tensor: ...
+    def relay(self, slots: np.ndarray, tokens: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,36 @@ class EngineConfig:
     enough for max_num_seqs sequences of max_model_len."""
     num_pages: int | Mapping[str, int] | None = None
     """Pages of each cache group, instead of what the memory gives."""
+    overlap: bool | None = None
+    """Plan a step while the one before runs; None: on an accelerator."""
+    graph_sizes: tuple[int, ...] | None = None
+    """Numbers of decoding sequences to capture CUDA graphs for; None: `graphs.default_sizes`."""
+
+
+@dataclass
+class _Flight:
+    """A step that was launched and whose tokens are not known yet."""
+
+    plan: StepPlan
+    states: list[RequestState]
+    """Those for which a token is sampled."""
+    slots: np.ndarray
+    logits: Tensor | None
+    """Until the choice of tokens is launched."""
+    sampling: Sampling | None = None
+
+
+EngineOutput = TokenOutput | TokenBatch | RequestFailed
+
+
+def _overlaps(contract: Contract, runner: ModelRunner, config: EngineConfig) -> bool:
+    """Whether steps are planned before the tokens of the last are known.
+
+    Not for models whose next step depends on more than that there is a token.
+    """
+    if runner.needs_requests or contract.lengths is not None:
+        return False
+    return contract.device.type != "cpu" if config.overlap is None else config.overlap
 
 
 def _within(config: SchedulerConfig, contract: Contract) -> SchedulerConfig:
@@ -99,26 +152,32 @@ class EngineCore:
         scheduler = _within(config.scheduler, contract)
         caches = plan_caches(contract, scheduler, config.kv_cache_memory_bytes, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
-        runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots)
+        # One slot more: padded sequences of CUDA graphs write there.
+        runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots + 1)
         self.summary: dict[str, str] = {}
         """What was built, for `EngineReady`; filled by whoever built it."""
         self.max_model_len = caches.max_model_len
         self.vocab_size = contract.vocab_size
+        self.cost = contract.cost
         self.cache_bytes = caches.bytes
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)
-        self._inputs = StepInputs(contract, self._scheduler.tables)
+        self._step = self._make_step(config, caches.num_slots)
+        self._overlaps = _overlaps(contract, runner, config)
+        self._flight: _Flight | None = None
         self._sampler = sampler or Sampler(contract.vocab_size, caches.num_slots)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
+        self._num_rows = 0
         self._arrivals = 0
-        self._outputs: list[TokenOutput | RequestFailed] = []
+        self._outputs: list[EngineOutput] = []
+        self._batch = TokenBatch()
         self._stats = EngineStats(pages_total=self._scheduler.tables.total)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to compute or to report."""
-        return bool(self._requests or self._outputs)
+        return bool(self._requests or self._outputs or self._flight)
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request.
@@ -128,7 +187,8 @@ class EngineCore:
                 has changed.
         """
         self._check(request)
-        row = self._free_rows.pop() if self._free_rows else len(self._requests)
+        row = self._free_rows.pop() if self._free_rows else self._num_rows
+        self._num_rows = max(self._num_rows, row + 1)
         try:
             self._sampler.add(row, request)
         except InvalidRequestError:
@@ -160,18 +220,24 @@ class EngineCore:
                 )
 
     @torch.inference_mode()
-    def step(self) -> list[TokenOutput | RequestFailed]:
-        """Runs the model once, if there is anything to run, and reports what came of it."""
+    def step(self) -> list[EngineOutput]:
+        """Launches the next step, if there is one, and reports what is known by then."""
         started = time.perf_counter()
         plan = self._scheduler.schedule()
-        if len(plan):
-            logits = self._forward(plan)
-            self._scheduler.commit(plan)
-            self._collect_prompt_logprobs(plan, logits)
-            self._sample(plan, logits)
+        flight = self._launch(plan) if len(plan) else None
+        if self._flight is not None:
+            self._land(self._flight)
+        self._flight = flight
+        if flight is not None:
+            # All tokens it computes are known by now. Before any of its requests ends: what they
+            # leave behind can be shared. Whoever does runs later, on the same stream.
+            self._scheduler.publish(plan)
+            self._sample(flight)
+            if not self._overlaps:
+                self._land(flight)
+                self._flight = None
         self._record(plan, time.perf_counter() - started)
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._take_outputs()
 
     def stats(self) -> EngineStats:
         """Counters since start, and gauges of the last step; a copy."""
@@ -179,10 +245,11 @@ class EngineCore:
 
     def close(self) -> None:
         """Drops every request without a word and lets go of the model and its caches."""
+        self._flight = None
         for state in list(self._requests.values()):
             self._end(state)
         self._outputs.clear()
-        del self._runner, self._scheduler, self._inputs, self._sampler
+        del self._runner, self._scheduler, self._step, self._sampler
 
     def _check(self, request: EngineRequest) -> None:
         tokens = request.prompt_token_ids
@@ -204,19 +271,45 @@ class EngineCore:
                 f"prompt is outside the vocabulary; use 0 to {self.vocab_size - 1}"
             )
 
-    def _forward(self, plan: StepPlan) -> Tensor:
-        """Logits [N, vocab]."""
-        if self._runner.needs_requests:
-            logits = self._runner.forward_requests(plan)
-        else:
-            logits = self._runner.forward(self._inputs.build(plan))
+    def _make_step(self, config: EngineConfig, num_slots: int) -> Step:
+        contract, tables = self._runner.contract, self._scheduler.tables
+        if contract.device.type == "cpu" or self._runner.needs_requests:
+            return HostStep(self._runner, tables, num_slots)
+        sizes = config.graph_sizes
+        if sizes is None:
+            sizes = tuple(default_sizes(num_slots))
+        if contract.eager and sizes:
+            logger.warning(
+                "steps run without CUDA graphs, which is slow, because the host decides in %s",
+                ", ".join(contract.eager),
+            )
+            sizes = ()
+        step = DeviceStep(self._runner, tables, num_slots, sizes)
+        # What is there now stays: the collector need not look at it again, a million objects of
+        # torch and of the graph among them, in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        return step
+
+    def _launch(self, plan: StepPlan) -> _Flight:
+        """Runs the model's part of a step; on an accelerator, without waiting for it."""
+        logits = self._step.forward(plan)
         expected = (len(plan.logit_index), self.vocab_size)
         if tuple(logits.shape) != expected:
             raise EngineError(
                 f"the model returned logits {list(logits.shape)} where {list(expected)} were "
                 "needed; its program does not follow its contract"
             )
-        return logits
+        self._scheduler.advance(plan)
+        if plan.prompt_rows:
+            self._collect_prompt_logprobs(plan, logits)
+        states, slots = plan.requests, plan.slots
+        if not plan.samples.all():
+            states = [states[at] for at in np.flatnonzero(plan.samples)]
+            slots = slots[plan.samples]
+        for state in plan.requests:
+            state.uses += 1
+        return _Flight(plan, states, slots, logits)
 
     def _collect_prompt_logprobs(self, plan: StepPlan, logits: Tensor) -> None:
         for rows in plan.prompt_rows:
@@ -229,31 +322,64 @@ class EngineCore:
                 logits[plan.logits_at(rows)], following, count
             )
 
-    def _sample(self, plan: StepPlan, logits: Tensor) -> None:
-        states = plan.requests
-        if not plan.samples.all():
-            states = [states[at] for at in np.flatnonzero(plan.samples)]
-        if not states:
+    def _sample(self, flight: _Flight) -> None:
+        """Launches the choice of a step's tokens; all tokens before them are known by now."""
+        logits, plan = flight.logits, flight.plan
+        flight.logits = None
+        if not flight.states:
             return
+        assert logits is not None
         if len(plan.sampled_at) < len(logits):
             logits = logits[torch.from_numpy(plan.sampled_at).to(logits.device)]
-        result = self._sampler.sample(logits, plan.rows[plan.samples])
-        now = time.time()
-        for state, token_id, logprobs in zip(
-            states, result.token_ids.tolist(), result.logprobs, strict=True
-        ):
-            if result.bad_rows and state.row in result.bad_rows:
-                self._fail(state, result.reasons.get(state.row, "its logits are not numbers"))
-            else:
-                self._accept(state, token_id, logprobs, now)
+        rows = plan.rows if plan.only_decodes else plan.rows[plan.samples]
+        flight.sampling = self._sampler.launch(logits, rows)
+        if self._overlaps:
+            self._step.relay(flight.slots, flight.sampling.tokens)
+        for state in flight.states:
+            if not state.finished:
+                state.expect()
+
+    def _land(self, flight: _Flight) -> None:
+        """Waits for a step and hands out its tokens."""
+        result = None if flight.sampling is None else flight.sampling.result()
+        if result is not None:
+            now = time.time()
+            for state, token_id, logprobs in zip(
+                flight.states, result.token_ids.tolist(), result.logprobs, strict=True
+            ):
+                if state.finished:
+                    continue  # ended while this step ran
+                if token_id < 0:
+                    reason = result.reasons.get(state.row, "its logits are not numbers")
+                    self._fail(state, reason)
+                elif state.plain and logprobs is None:
+                    self._accept_plain(state, token_id)
+                else:
+                    self._accept(state, token_id, logprobs, now)
+        for state in flight.plan.requests:
+            state.uses -= 1
+            if state.finished and not state.uses:
+                self._release_row(state)
+
+    def _accept_plain(self, state: RequestState, token_id: int) -> None:
+        """One more output token of a request that has some: most tokens come this way."""
+        state.resolve(token_id)
+        self._sampler.append(state.row, token_id)
+        if token_id in state.stops or state.known >= state.limit:
+            output = TokenOutput(request_id=state.request_id, token_ids=[token_id])
+            self._end_if_over(state, output)
+            self._outputs.append(output)
+            return
+        self._stats.generated_tokens += 1
+        self._batch.request_ids.append(state.request_id)
+        self._batch.token_ids.append(token_id)
 
     def _accept(
         self, state: RequestState, token_id: int, logprobs: list[TokenLogprob] | None, now: float
     ) -> None:
-        """One more output token, which may be the last."""
-        state.append(token_id)
+        """One more output token, which may be the first or the last."""
+        state.resolve(token_id)
         self._sampler.append(state.row, token_id)
-        self._stats.generated_tokens += 1
         output = TokenOutput(request_id=state.request_id, token_ids=[token_id])
         if logprobs is not None:
             output.logprobs = [logprobs]
@@ -261,6 +387,11 @@ class EngineCore:
             state.metrics.first_token_time = now
             output.prompt_logprobs = state.prompt_logprobs
             output.metrics = msgspec.structs.replace(state.metrics)
+        self._end_if_over(state, output)
+        self._outputs.append(output)
+
+    def _end_if_over(self, state: RequestState, output: TokenOutput) -> None:
+        self._stats.generated_tokens += 1
         output.finish_reason, output.stop_reason = state.finish_reason()
         if output.finish_reason is not None:
             self._stats.finished += 1
@@ -269,7 +400,13 @@ class EngineCore:
         elif state.starts_again():
             self._scheduler.restart(state)
             self._runner.release(state.request_id)
-        self._outputs.append(output)
+
+    def _take_outputs(self) -> list[EngineOutput]:
+        outputs, self._outputs = self._outputs, []
+        if self._batch.request_ids:
+            outputs.append(self._batch)
+            self._batch = TokenBatch()
+        return outputs
 
     def _fail(self, state: RequestState, reason: str) -> None:
         self._end(state, forget=True)
@@ -277,8 +414,8 @@ class EngineCore:
             RequestFailed(
                 request_id=state.request_id,
                 error=EngineError.__name__,
-                message=f"request '{state.request_id}' cannot go on after {state.known} tokens: "
-                f"{reason}",
+                message=f"request '{state.request_id}' cannot go on after {state.known - 1} "
+                f"tokens: {reason}",
             )
         )
 
@@ -286,10 +423,17 @@ class EngineCore:
         """Frees everything a request holds."""
         state.metrics.finished_time = time.time()
         self._scheduler.finish(state, forget=forget)
-        self._sampler.remove(state.row)
         self._runner.release(state.request_id)
-        self._free_rows.append(state.row)
         del self._requests[state.request_id]
+        if not state.uses:
+            self._release_row(state)
+
+    def _release_row(self, state: RequestState) -> None:
+        """Once no step in flight samples for it any more."""
+        if state.row >= 0:
+            self._sampler.remove(state.row)
+            self._free_rows.append(state.row)
+            state.row = -1
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         stats, scheduler = self._stats, self._scheduler
@@ -302,3 +446,7 @@ class EngineCore:
         stats.prefix_queries = scheduler.prefix_queries
         stats.prefix_hits = scheduler.prefix_hits
         stats.preemptions = scheduler.preemptions
+        if isinstance(self._step, DeviceStep):
+            counts = self._step.counts
+            stats.graph_replays, stats.graph_misses = counts.replayed, counts.missed
+            stats.mixed_steps = counts.mixed

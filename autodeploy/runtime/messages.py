@@ -5,7 +5,11 @@ Every message is a msgspec struct, so it crosses a process boundary without pick
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import msgspec
+
+from autodeploy.custom_ops.cost import Cost
 
 from .sampling_params import SamplingParams
 
@@ -74,6 +78,16 @@ class TokenOutput(msgspec.Struct, kw_only=True, tag="tokens"):
     metrics: RequestMetrics | None = None
 
 
+class TokenBatch(msgspec.Struct, tag="batch"):
+    """One more token for each of several requests, none of which ended by it.
+
+    Most of what an engine has to say; one object a step costs less than one a token.
+    """
+
+    request_ids: list[str] = []
+    token_ids: list[int] = []
+
+
 class RequestFailed(msgspec.Struct, kw_only=True, tag="failed"):
     """A request the engine cannot serve; other requests are untouched."""
 
@@ -100,6 +114,12 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     preemptions: int = 0
     aborted: int = 0
     finished: int = 0
+    graph_replays: int = 0
+    """Decoding steps that were one launch of a CUDA graph."""
+    graph_misses: int = 0
+    """Decoding steps for whose number of requests no graph was captured."""
+    mixed_steps: int = 0
+    """On a GPU: steps with prompt tokens, which run without a graph."""
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
@@ -108,6 +128,8 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     vocab_size: int
     max_model_len: int
     summary: dict[str, str] = {}
+    cost: Cost | None = None
+    """What a step must read and compute; None: unknown."""
 
 
 class EngineDied(msgspec.Struct, tag="died"):
@@ -118,6 +140,16 @@ class EngineDied(msgspec.Struct, tag="died"):
     """Name of the exception type of autodeploy's error tree."""
 
 
+def one_by_one(events: Iterable[EngineEvent]) -> Iterator[EngineEvent]:
+    """The same events, each batch of tokens as one message per request."""
+    for event in events:
+        if isinstance(event, TokenBatch):
+            for request_id, token_id in zip(event.request_ids, event.token_ids, strict=True):
+                yield TokenOutput(request_id=request_id, token_ids=[token_id])
+        else:
+            yield event
+
+
 FromFront = EngineRequest | AbortRequest | Shutdown
-EngineEvent = TokenOutput | RequestFailed | EngineStats | EngineReady | EngineDied
+EngineEvent = TokenOutput | TokenBatch | RequestFailed | EngineStats | EngineReady | EngineDied
 FromEngine = list[EngineEvent]

@@ -40,8 +40,8 @@ class PackedRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Logits [N, vocab] in float32 for the rows of `logit_index`."""
-        return self._function({**inputs, **self._caches}).float()
+        """Logits [N, vocab], in the dtype of the model's head, of the rows of `logit_index`."""
+        return self._function({**inputs, **self._caches})
 
     def forward_requests(self, plan: StepPlan) -> torch.Tensor:
         raise TypeError("this runner takes packed inputs: call forward")

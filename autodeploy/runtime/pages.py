@@ -183,6 +183,10 @@ class BlockTables:
         self.tables = {g.name: np.zeros((num_slots, width), dtype=np.int32) for g in groups}
         self._pairs = [(self.pools[g.name], self.tables[g.name]) for g in groups]
         self._windowed = [at for at, g in enumerate(groups) if g.window]
+        self.changes: dict[str, dict[int, int]] | None = None
+        """Entries set since somebody emptied it: slot * width + column -> page, by group; None:
+        nobody keeps a copy of the tables. Entries that nothing reads any more are not told."""
+        self._names = [g.name for g in groups]
         self._columns = [0] * num_slots
         self._first = [[0] * num_slots for _ in groups]
 
@@ -232,13 +236,13 @@ class BlockTables:
         """Starts an empty slot with the pages of a prefix that `match` found."""
         columns = cached // self.page_size
         self._columns[slot] = columns
-        for at, (pool, table) in enumerate(self._pairs):
+        for at, (pool, _) in enumerate(self._pairs):
             first = self._first[at][slot] = pool.first_column(cached)
             for column in range(first, columns):
                 page = pool.find(hashes[column])
                 assert page is not None, "match() and attach() disagree"
                 pool.share(page)
-                table[slot, column] = page
+                self._set(at, slot, column, page)
 
     def slide(self, slot: int, position: int) -> None:
         """Gives back pages wholly before the window of queries from `position` on."""
@@ -263,10 +267,29 @@ class BlockTables:
         """Adds the pages that `tokens` tokens need; ask `room` first."""
         columns = pages_needed(tokens, self.page_size)
         if columns > self._columns[slot]:
-            for pool, table in self._pairs:
+            for at, (pool, _) in enumerate(self._pairs):
                 for column in range(self._columns[slot], columns):
-                    table[slot, column] = pool.take()
+                    self._set(at, slot, column, pool.take())
             self._columns[slot] = columns
+
+    def grow_by_one(self, slots: Sequence[int]) -> bool:
+        """One more column for each of these slots; False, and nothing done, if pages are short."""
+        if any(pool.available < len(slots) for pool, _ in self._pairs):
+            return False
+        for slot in slots:
+            self.grow(slot, (self._columns[slot] + 1) * self.page_size)
+        return True
+
+    @property
+    def windows(self) -> list[int]:
+        """Of the groups that have one."""
+        return [self._pairs[at][0].window for at in self._windowed]
+
+    def _set(self, at: int, slot: int, column: int, page: int) -> None:
+        table = self._pairs[at][1]
+        table[slot, column] = page
+        if self.changes is not None:
+            self.changes[self._names[at]][slot * table.shape[1] + column] = page
 
     def publish(self, slot: int, hashes: Sequence[bytes], first: int, end: int) -> None:
         """Makes the computed columns first .. end - 1 of the slot hits for others."""

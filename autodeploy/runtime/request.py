@@ -44,6 +44,9 @@ class RequestState:
         "row",
         "slot",
         "stop_token_ids",
+        "stops",
+        "unresolved",
+        "uses",
     )
 
     def __init__(
@@ -75,6 +78,11 @@ class RequestState:
         self.min_known = self.prompt_tokens + params.min_tokens
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(request.eos_token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.stops = self.eos_token_ids | self.stop_token_ids
+        self.unresolved = False
+        """Whether the newest token is still on the device: known to be one, not which."""
+        self.uses = 0
+        """Steps in flight that compute tokens of it."""
         self.hashes: list[bytes] = []
         """One per full page of known tokens, as far as `hash_pages` has been asked."""
         self.prompt_logprobs: list[list[TokenLogprob] | None] | None = None
@@ -90,6 +98,16 @@ class RequestState:
     def tokens(self) -> np.ndarray:
         """All known tokens, [known] int64: a view, valid until the next `append`."""
         return self._buffer[: self.known]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its next token, unless it is the last, is all there is to report of it."""
+        return self.metrics.first_token_time is not None and self._lengths is None
+
+    @property
+    def decided(self) -> bool:
+        """Whether its last token is on the way: there is nothing left to compute for it."""
+        return self.unresolved and self.known >= self.limit
 
     @property
     def decodes(self) -> bool:
@@ -121,12 +139,28 @@ class RequestState:
 
     def append(self, token_id: int) -> None:
         """One more known token, not computed yet."""
+        self.expect()
+        self.resolve(token_id)
+
+    def expect(self) -> None:
+        """One more token, of which the device knows which it is."""
         if self.known == len(self._buffer):
             grown = np.empty(min(self.limit, 2 * self.known + 16), dtype=np.int64)
             grown[: self.known] = self._buffer
             self._buffer = grown
-        self._buffer[self.known] = token_id
+        self._buffer[self.known] = self._waiting_for
         self.known += 1
+        self.unresolved = True
+
+    def resolve(self, token_id: int) -> None:
+        """Says which token the newest is."""
+        self._buffer[self.known - 1] = token_id
+        self.unresolved = False
+
+    @property
+    def _waiting_for(self) -> int:
+        """What stands in the buffer for an unresolved token (see `relay.TokenRelay`)."""
+        return -1 - self.slot
 
     def starts_again(self) -> bool:
         """Whether the newest token makes all keys others than they were; True once."""

@@ -60,6 +60,17 @@ class SampleResult:
     """A sentence for each bad row."""
 
 
+class Sampling:
+    """Tokens on their way to the host."""
+
+    def __init__(self, result: SampleResult, device: torch.device) -> None:
+        self._result = result
+        self.tokens = torch.from_numpy(result.token_ids).to(device)
+
+    def result(self) -> SampleResult:
+        return self._result
+
+
 class Sampler:
     """Samples for a changing set of rows.
 
@@ -149,6 +160,9 @@ class Sampler:
             bad_rows=index[bad].tolist(),
             reasons={int(index[at]): _reason(logits[at], bool(table["ruled"][at])) for at in bad},
         )
+
+    def launch(self, logits: Tensor, rows: np.ndarray) -> Sampling:
+        return Sampling(self.sample(logits, rows), logits.device)
 
     @torch.inference_mode()
     def distribution(self, logits: Tensor, rows: Sequence[int] | np.ndarray) -> Tensor:

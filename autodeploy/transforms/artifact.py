@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from autodeploy.custom_ops.contract import CacheGroup, CacheInput, CacheSpec, Contract, LengthRule
+from autodeploy.custom_ops.cost import Cost
 from autodeploy.custom_ops.op import OPS
 
 from ..errors import TransformError
@@ -26,7 +27,7 @@ from .compiled import CompiledProgram
 from .memory_pages import drop_memory_pages
 from .program import Program, joined, sample_of
 
-FORMAT = 4
+FORMAT = 5
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -289,6 +290,7 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "dtype": _dtype_name(contract.dtype),
         "lengths": None if contract.lengths is None else dataclasses.asdict(contract.lengths),
         "eager": list(contract.eager),
+        "cost": contract.cost,
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -321,4 +323,5 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         max_tokens=data["max_tokens"],
         lengths=None if rule is None else LengthRule(**rule | {"steps": tuple(rule["steps"])}),
         eager=tuple(data["eager"]),
+        cost=msgspec.convert(data["cost"], Cost | None),
     )

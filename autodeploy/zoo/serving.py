@@ -19,7 +19,7 @@ from torch import nn
 
 from autodeploy.custom_ops.contract import CacheGroup
 from autodeploy.runtime.engine import EngineConfig, EngineCore
-from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput
+from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput, one_by_one
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.transforms.capture.module_probe import plain_model
@@ -141,7 +141,7 @@ def _run(engine: EngineCore, requests: list[_Request]) -> None:
             )  # fmt: skip
             prompt = requests[index].prompt
             engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
-        for output in engine.step():
+        for output in one_by_one(engine.step()):
             if isinstance(output, RequestFailed):
                 raise RuntimeError(f"the engine failed a request: {output.message}")
             if isinstance(output, TokenOutput):

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autodeploy.ladder import build_runner
 from autodeploy.runtime.engine import EngineConfig, EngineCore
-from autodeploy.runtime.messages import EngineRequest, TokenOutput
+from autodeploy.runtime.messages import EngineRequest, TokenOutput, one_by_one
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.transforms.recipe import load_recipe
@@ -52,7 +52,7 @@ def serve(engine, requests):
             engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
             if ABORTED.get(index) == 0:
                 engine.abort([str(index)])
-        for output in engine.step():
+        for output in one_by_one(engine.step()):
             assert isinstance(output, TokenOutput), output
             index = int(output.request_id)
             assert index not in reasons, "output after the end"

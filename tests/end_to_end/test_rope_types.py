@@ -11,7 +11,7 @@ from rope_models import CASES, DROPS_ITS_CACHE, LONG, generated, rope_model
 
 from autodeploy.ladder import Built, _lower_rung, build_runner
 from autodeploy.runtime.engine import EngineConfig, EngineCore
-from autodeploy.runtime.messages import EngineRequest, TokenOutput
+from autodeploy.runtime.messages import EngineRequest, TokenOutput, one_by_one
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.runtime.sequence_runner import RecomputeRunner
@@ -46,7 +46,7 @@ def serve(engine, requests, **params):
             engine.add(
                 EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=sampling)
             )
-        for output in engine.step():
+        for output in one_by_one(engine.step()):
             assert isinstance(output, TokenOutput), output
             tokens[int(output.request_id)] += output.token_ids
             if output.prompt_logprobs is not None:

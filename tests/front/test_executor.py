@@ -17,7 +17,7 @@ from autodeploy.build import build_engine
 from autodeploy.config import DeployConfig
 from autodeploy.errors import CheckpointError, EngineDeadError, UnknownTokenError
 from autodeploy.runtime.executor import WorkerExecutor
-from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput
+from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput, one_by_one
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -43,7 +43,7 @@ def poll_until_done(executor, request_ids):
     deadline = time.monotonic() + 30
     while done != set(request_ids):
         assert time.monotonic() < deadline
-        for event in executor.poll(0.5):
+        for event in one_by_one(executor.poll(0.5)):
             events.append(event)
             failed = isinstance(event, RequestFailed)
             if failed or (isinstance(event, TokenOutput) and event.finish_reason):

@@ -38,7 +38,8 @@ def run(made, inputs):
     """One step; gives the lengths that were staged."""
     plan = made.schedule()
     found = inputs.build(plan)["known_len"]
-    made.commit(plan)
+    made.advance(plan)
+    made.publish(plan)
     for state, samples in zip(plan.requests, plan.samples, strict=True):
         if samples:
             state.append(1)

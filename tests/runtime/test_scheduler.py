@@ -59,7 +59,8 @@ class Harness:
             self.write(state, int(start), int(count))
         for state, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
             self.read(state, int(start), int(count))
-        self.scheduler.commit(plan)
+        self.scheduler.advance(plan)
+        self.scheduler.publish(plan)
         for rows in plan.prompt_rows:
             plan.requests[rows.at].prompt_logprobs += [[]] * rows.count
         result = {}

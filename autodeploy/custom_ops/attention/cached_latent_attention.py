@@ -6,10 +6,12 @@ as they read any cache with strides.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..cost import AttentionCost, Cost
 from ..op import Choice, Implementation, register_op
 from . import native_cpu as _native_cpu  # noqa: F401 - registers what is taken over below
 from . import torch_cpu as _torch_cpu  # noqa: F401 - registers what is taken over below
@@ -58,6 +60,20 @@ def _(
     value_width: int, *_: Any, **__: Any,
 ) -> torch.Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[1], value_width))
+
+
+def _cost(arguments: Mapping[str, Any]) -> Cost:
+    q, kv, cache = arguments["q"], arguments["kv"], arguments["latent_cache"]
+    per_key = AttentionCost(
+        key_bytes=kv.shape[1] * kv.shape[2] * cache.dtype.itemsize,
+        pair_flops=2 * q.shape[1] * (kv.shape[2] + arguments["value_width"]),
+        window=arguments["window"],
+        chunk=arguments["chunk"],
+    )
+    return Cost(attention=(per_key,))
+
+
+cached_latent_attention.cost = _cost
 
 
 def _take_over(way: Implementation) -> None:

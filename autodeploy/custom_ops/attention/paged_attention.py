@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..cost import AttentionCost, Cost
 from ..op import register_op
 
 
@@ -62,6 +64,20 @@ def paged_attention(
 @paged_attention.fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+def _cost(arguments: Mapping[str, Any]) -> Cost:
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    per_key = AttentionCost(
+        key_bytes=k.shape[1] * (k.shape[2] + v.shape[2]) * arguments["k_cache"].dtype.itemsize,
+        pair_flops=2 * q.shape[1] * (k.shape[2] + v.shape[2]),
+        window=arguments["window"],
+        chunk=arguments["chunk"],
+    )
+    return Cost(attention=(per_key,))
+
+
+paged_attention.cost = _cost
 
 
 def write_pages(

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) in float32, x itself above 20 as in torch; exact also where exp(x) is small."""
+    """log(1 + exp(x)) in float32, also where exp(x) is small; x itself above 20, as in torch."""
     grown = tl.exp(tl.minimum(x, 20.0))
     total = 1.0 + grown
     # log(total) loses what total was rounded by; the quotient puts it back.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..cost import Cost, ExpertsCost
 from ..op import register_op
 from .gates import activate, gate
 
@@ -53,6 +55,20 @@ def experts(
 @experts.fake
 def _(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+def _cost(arguments: Mapping[str, Any]) -> Cost:
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    weights = [arguments[name] for name in names if arguments[name] is not None]
+    total, chosen = int(weights[0].shape[0]), int(arguments["top_k_index"].shape[1])
+    products = sum(w[0].numel() for w in weights[:2])
+    size = sum(w[0].numel() * w.dtype.itemsize for w in weights)
+    return Cost(
+        token_flops=2 * chosen * products, experts=(ExpertsCost(size, total, min(chosen, total)),)
+    )
+
+
+experts.cost = _cost
 
 
 @experts.implement("sorted_cpu", when=lambda c: c.device.type == "cpu", priority=1)

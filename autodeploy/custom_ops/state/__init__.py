@@ -5,6 +5,10 @@ rows of a per-sequence cache. The cached forms differ from the functional ones o
 sequence's first state comes from and its last one goes.
 """
 
+from . import triton_conv as _triton_conv  # noqa: F401 - these register implementations
+from . import triton_delta as _triton_delta  # noqa: F401
+from . import triton_selective as _triton_selective  # noqa: F401
+from . import triton_ssd as _triton_ssd  # noqa: F401
 from .causal_conv1d import ACTIVATIONS, cached_causal_conv1d, causal_conv1d
 from .delta_rule import (
     cached_gated_delta_rule,

@@ -29,6 +29,7 @@ class InProcessExecutor:
             vocab_size=self._engine.vocab_size,
             max_model_len=self._engine.max_model_len,
             summary=self._engine.summary,
+            cost=self._engine.cost,
         )
 
     def submit(self, request: EngineRequest) -> None:

@@ -92,6 +92,7 @@ class _Worker:
             vocab_size=engine.vocab_size,
             max_model_len=engine.max_model_len,
             summary=engine.summary,
+            cost=engine.cost,
         )
         self._send([ready])
         steps = 0

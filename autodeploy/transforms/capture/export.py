@@ -34,6 +34,7 @@ from .boundaries import boundaries
 from .cache_marker import MarkerCache
 from .expert_loops import intercept_expert_loops
 from .experts import intercept_experts
+from .functional import functional
 from .guards import LEAST_LIMIT, most_tokens
 from .interception import Interception, interception
 from .joined_weights import join_weights
@@ -126,7 +127,7 @@ def capture(
             calls = intercept_own_modules(scope, model, options.own_modules)
             exported, bounded = _export(Packed(model, options), rule is not None, longest)
         limit = most_tokens(exported, min(LEAST_LIMIT, longest or LEAST_LIMIT))
-        program = _to_program(exported.run_decompositions({}), model, owned, rule)
+        program = _to_program(functional(exported), model, owned, rule)
         join_weights(program)
         recognise_attention(program)
         use_position_ids(program)

@@ -31,6 +31,7 @@ from autodeploy.custom_ops.contract import (
 from autodeploy.custom_ops.op import op_of
 
 from ...errors import TransformError
+from ..cost import cost_of
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
@@ -95,6 +96,7 @@ class Cache(Transform):
                 CacheGroup(name, members[0].spec.per, members[0].spec.window, tuple(members))
                 for name, members in groups.items()
             ),
+            cost=cost_of(program),
         )
 
 

@@ -69,7 +69,7 @@ def match_gate(product: fx.Node) -> tuple[fx.Node, str] | None:
     if not is_call(product, aten.mul.Tensor):
         return None
     for active, other in (product.args[:2], product.args[1::-1]):
-        name = _activation_of(active)
+        name = activation_of(active)
         if name is None or not isinstance(active, fx.Node) or len(active.users) != 1:
             continue
         gate = active.args[0]
@@ -79,7 +79,7 @@ def match_gate(product: fx.Node) -> tuple[fx.Node, str] | None:
     return None
 
 
-def _activation_of(node: Any) -> str | None:
+def activation_of(node: Any) -> str | None:
     """The name, in `moe.gates.ACTIVATIONS`, of the activation that a node calls."""
     if is_call(node, aten.gelu.default):
         approximate = node.kwargs.get("approximate", "none") if len(node.args) < 2 else node.args[1]

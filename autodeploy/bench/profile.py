@@ -1,0 +1,99 @@
+"""A chrome trace of steady decode steps, and from it how busy host and GPU are.
+
+Host: wall time of a step less what the host waits in CUDA's synchronise calls; without a GPU, the
+whole step. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
+slows the host down, so the times of the same steps without it belong beside these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+_WAITS = frozenset({"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"})
+
+
+class StepProfile:
+    """Profiles the first `steps` steps it is told of, once per name.
+
+    file: of the trace; with a second name the name is put before the file's suffix.
+    """
+
+    def __init__(self, file: Path, steps: int = 20) -> None:
+        self.steps = steps
+        self.figures: dict[str, Any] = {}
+        """Of the last profile."""
+        self._file = file
+        self._seen = 0
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[Callable[[], None]]:
+        """Gives what is to be called after each step; when it ends, `figures` are there."""
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        profiler = profile(activities=activities)
+        times: list[float] = []
+
+        def on_step() -> None:
+            if not times:
+                profiler.start()
+            if len(times) <= self.steps:
+                times.append(time.perf_counter())
+                if len(times) > self.steps:
+                    profiler.stop()
+
+        yield on_step
+        if 0 < len(times) <= self.steps:
+            profiler.stop()
+        if len(times) > 1:
+            self.figures = _figures(profiler, times)
+            profiler.export_chrome_trace(str(self._path(name)))
+            print(_text(name, self.figures))
+
+    def _path(self, name: str) -> Path:
+        self._seen += 1
+        if self._seen == 1:
+            return self._file
+        return self._file.with_stem(f"{self._file.stem}-{name.replace(' ', '-')}")
+
+
+def _figures(profiler: profile, times: list[float]) -> dict[str, Any]:
+    steps = len(times) - 1
+    window = 1e6 * (times[-1] - times[0])
+    events = profiler.events() or []
+    waited = sum(e.time_range.elapsed_us() for e in events if e.name in _WAITS)
+    on_gpu = [e.time_range for e in events if e.device_type == DeviceType.CUDA]
+    busy = _union((r.start, r.end) for r in on_gpu)
+    return {
+        "steps": steps,
+        "step_ms": window / steps / 1000,
+        "host_ms": (window - waited) / steps / 1000,
+        "gpu_ms": busy / steps / 1000,
+        "gpu_busy": busy / window if on_gpu else None,
+        "gpu_kernels": len(on_gpu) / steps,
+    }
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> float:
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _text(name: str, figures: dict[str, Any]) -> str:
+    busy = figures["gpu_busy"]
+    return (
+        f"profiled {figures['steps']} steps, {name}: {figures['step_ms']:.3f} ms a step, host "
+        f"{figures['host_ms']:.3f} ms, GPU busy "
+        + ("-" if busy is None else f"{100 * busy:.1f} % in {figures['gpu_kernels']:.0f} kernels")
+    )

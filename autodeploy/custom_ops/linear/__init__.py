@@ -1,0 +1,6 @@
+"""Matrix products with what stands before and after them."""
+
+from . import triton_linear as _triton_linear  # noqa: F401 - registers the implementation
+from .fused_linear import fused_linear
+
+__all__ = ["fused_linear"]

@@ -1,0 +1,188 @@
+"""fused_linear on a GPU: kernels of our own at few tokens, cuBLAS with separate ends at many.
+
+On one H200 cuBLAS reads weights at 70 to 75 % of the memory's speed at few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import gpu
+from ..gate.triton_gate import gate_rows
+from ..moe.gates import ACTIVATIONS, activate
+from ..norm.triton_norm import rms_norm_rows
+from ..op import Choice
+from .fused_linear import fused_linear
+from .skinny_config import NORM_TOKENS, Tiling, padded, tiling_of
+
+_DTYPES = (torch.bfloat16, torch.float16)
+# Tiles that parts of a split product can be counted for.
+_MAX_TILES = 4096
+
+
+def _applies(choice: Choice) -> bool:
+    if not gpu.runs_triton(choice.device):
+        return False
+    args = choice.args
+    x, weight = args["x"], args["weight"]
+    alike = [args[name] for name in ("weight", "bias", "norm_weight", "residual")]
+    return (
+        x.dtype in _DTYPES
+        and all(t is None or t.dtype is x.dtype for t in alike)
+        # Loads of 16 bytes.
+        and weight.dim() == 2
+        and int(weight.shape[1]) % 8 == 0
+        and weight.is_contiguous()
+        and (args["activation"] in ACTIVATIONS or not args["activation"])
+    )
+
+
+@fused_linear.implement("triton", when=_applies, priority=10, capturable=True)
+def fused_linear_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm: bool = False,
+    eps: float = 0.0,
+    norm_offset: float = 0.0,
+    cast_before_weight: bool = True,
+    activation: str = "",
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `fused_linear`; all tensors of one 2-byte dtype."""
+    rows, width = weight.shape
+    tokens = x.numel() // width
+    shape = (*x.shape[:-1], rows // 2 if gated else rows)
+    if tokens == 0:
+        return x.new_empty(shape)
+    tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors())
+    # Above NORM_TOKENS each program would norm too much. In float16, x times the norm's weight
+    # may leave the range that x over its root times the weight stays in.
+    apart = tiling.kernel == "cublas" or (
+        tiling.kernel == "dot" and (tokens > NORM_TOKENS or x.dtype is torch.float16)
+    )
+    if norm and apart:
+        x, norm = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight), False
+    x = x.reshape(tokens, width)
+    if residual is not None:
+        residual = residual.reshape(tokens, -1)
+    if tiling.kernel == "cublas":
+        y = _with_cublas(x, weight, bias, activation, gated, residual)
+    else:
+        y = skinny_linear(
+            x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
+            gated, residual, tiling,
+        )  # fmt: skip
+    return y.view(shape)
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm: bool,
+    eps: float,
+    norm_offset: float,
+    cast_before_weight: bool,
+    activation: str,
+    gated: bool,
+    residual: torch.Tensor | None,
+    tiling: Tiling,
+) -> torch.Tensor:
+    """x [tokens, K] and residual [tokens, columns] on one kernel, with a given tiling."""
+    from .skinny_kernel import dot_kernel, gemv_kernel
+
+    x = x.contiguous()
+    tokens, width = x.shape
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+    programs = -(-columns // tiling.block_n)
+    pdl = gpu.overlaps_launches()
+    options: dict[str, Any] = {
+        "NORM": norm,
+        "HAS_NORM_WEIGHT": norm_weight is not None,
+        "HAS_OFFSET": norm_offset != 0.0,
+        "ROUNDED": cast_before_weight,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": activation or "linear",
+        "GATED": gated,
+        "PDL": pdl,
+        "num_warps": tiling.warps,
+    }
+    if pdl:
+        options["launch_pdl"] = True
+    # An absent tensor is never read; any pointer stands for it.
+    operands = (
+        x, weight, weight if bias is None else bias, weight if norm_weight is None else norm_weight,
+        out if residual is None else residual.contiguous(), out,
+    )  # fmt: skip
+    if tiling.kernel == "gemv":
+        gemv_kernel[(programs,)](
+            *operands, columns, eps, norm_offset,
+            K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, **options,
+        )  # fmt: skip
+        return out
+    block_m = padded(tokens)
+    split = tiling.split if programs <= _MAX_TILES else 1
+    slot = block_m * (tiling.block_n * (2 if gated else 1) + 1)
+    scratch = arrivals = out
+    if split > 1:
+        scratch = torch.empty(programs * split * slot, dtype=torch.float32, device=x.device)
+        arrivals = _arrivals(x.device)
+    dot_kernel[(programs, split)](
+        *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
+        K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
+        PREFETCH=_prefetched(tiling, width, split) if pdl else 0, WIDE=gpu.interpreted(),
+        num_stages=tiling.stages, **options,
+    )  # fmt: skip
+    return out
+
+
+def _prefetched(tiling: Tiling, width: int, split: int) -> int:
+    """Bytes of a weight row that a program asks for early: its first stages, all inside the row."""
+    if width % (tiling.block_k * split):
+        return 0
+    return 2 * min(tiling.block_k * tiling.stages, width // split)
+
+
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """Counters that every launch leaves at zero, so that one set serves a whole stream.
+
+    Zeros asked for while a graph is captured are written when it is replayed, and only there.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device not in _counters:
+            return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+        return _counters[device]
+    if device not in _counters:
+        _counters[device] = torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+_counters: dict[torch.device, torch.Tensor] = {}
+
+
+def _with_cublas(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """x [tokens, K] and residual [tokens, columns] on cuBLAS."""
+    if residual is not None and bias is None and not gated and not activation:
+        return torch.addmm(residual, x, weight.t())
+    y = F.linear(x, weight, bias)
+    if gated:
+        y = gate_rows(y, activation or "linear")
+    elif activation:
+        y = activate(y, activation)
+    return y if residual is None else residual + y

@@ -1,0 +1,73 @@
+"""State-space duality scan: one token after another, a tile of a head's state in registers."""
+
+import triton
+import triton.language as tl
+
+from ..gate.activation_kernel import softplus
+from .packed_kernel import sequence_span
+
+
+@triton.jit
+def time_step(
+    dt, bias, dt_min, dt_max, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The length of a time step in float32, rounded to DTYPE where the reference rounds."""
+    length = dt.to(tl.float32)
+    if HAS_BIAS:
+        length = (length + bias.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
+    if SOFTPLUS:
+        length = softplus(length).to(DTYPE).to(tl.float32)
+    return tl.minimum(tl.maximum(length, dt_min), dt_max).to(DTYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["sequences", "dt_min", "dt_max"])
+def ssd_step_kernel(
+    x, dt, A, B, C, D, dt_bias, state, cu_q, kv_len, state_slot, out, sequences,
+    x_stride, dt_stride, b_stride, c_stride, slot_stride, dt_min, dt_max,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, head and BLOCK of the head's WIDTH.
+
+    FILL: there are as many rows as sequences; those past the last token become zeros.
+    """
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    head = tl.program_id(0) // blocks
+    sequence = tl.program_id(1)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.arange(0, BLOCK_STATE)
+    inside = channel < WIDTH
+    held = entry < STATE
+    mask = inside[:, None] & held[None, :]
+    rate = tl.load(A + head).to(tl.float32)
+    bias = tl.load(dt_bias + head) if HAS_BIAS else 0.0
+    skip = tl.load(D + head).to(tl.float32) if HAS_D else 0.0
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    start, stop, has_past, slot = sequence_span(cu_q, kv_len, state_slot, sequence)
+    place = state + slot * slot_stride + head * WIDTH * STATE
+    place = place + channel[:, None] * STATE + entry[None, :]
+    kept = tl.load(place, mask=mask & has_past, other=0.0)
+
+    group = head // (HEADS // GROUPS)
+    column = head * WIDTH + channel
+    token = start
+    while token < stop:
+        row = token.to(tl.int64)
+        step = time_step(tl.load(dt + row * dt_stride + head), bias, dt_min, dt_max,
+                         HAS_BIAS, SOFTPLUS, dt.dtype.element_ty)  # fmt: skip
+        value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        writes = tl.load(B + row * b_stride + group * STATE + entry, mask=held, other=0.0)
+        reads = tl.load(C + row * c_stride + group * STATE + entry, mask=held, other=0.0)
+        kept = kept * tl.exp(step * rate) + (value * step)[:, None] * writes.to(tl.float32)[None, :]
+        result = tl.sum(kept * reads.to(tl.float32)[None, :], axis=1) + skip * value
+        tl.store(out + row * (HEADS * WIDTH) + column, result, mask=inside)
+        token += 1
+    tl.store(place, kept, mask=mask & (stop > start))
+    if FILL:
+        past_end = sequence >= tl.load(cu_q + sequences)
+        nothing = tl.zeros([BLOCK], tl.float32)
+        row = sequence.to(tl.int64)
+        tl.store(out + row * (HEADS * WIDTH) + column, nothing, mask=inside & past_end)
