@@ -33,6 +33,7 @@ from autodeploy.errors import (
 
 from .batch import StepInputs, StepPlan
 from .caches import plan_caches
+from .memory import memory_for_caches
 from .messages import EngineRequest, EngineStats, RequestFailed, TokenLogprob, TokenOutput
 from .request import RequestState
 from .runner import ModelRunner
@@ -60,8 +61,10 @@ class EngineConfig:
 
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv_cache_memory_bytes: int | None = None
-    """For all caches together; None: a quarter of the free host memory, or less if that is
-    enough for max_num_seqs sequences of max_model_len."""
+    """For all caches together; None: what a measured step leaves of the GPU, or a quarter of the
+    free host memory; less if that is enough for max_num_seqs sequences of max_model_len."""
+    gpu_memory_utilization: float = 0.92
+    """Fraction of a GPU's memory that weights, steps and caches may take."""
     num_pages: int | Mapping[str, int] | None = None
     """Pages of each cache group, instead of what the memory gives."""
 
@@ -97,7 +100,10 @@ class EngineCore:
     ) -> None:
         contract = runner.contract
         scheduler = _within(config.scheduler, contract)
-        caches = plan_caches(contract, scheduler, config.kv_cache_memory_bytes, config.num_pages)
+        memory = config.kv_cache_memory_bytes
+        if memory is None and config.num_pages is None:
+            memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization)
+        caches = plan_caches(contract, scheduler, memory, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
         runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots)
         self.summary: dict[str, str] = {}
