@@ -83,7 +83,8 @@ def build_runner(
     built = Built(None, 1)
     check_causal(model)
     try:
-        reference = reference_logits(model)
+        with built.timed("reference"):
+            reference = reference_logits(model)
     except NotCausalError as error:
         if not generates_from_ids(model):
             raise
