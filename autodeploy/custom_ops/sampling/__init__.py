@@ -1,0 +1,7 @@
+"""From logits to tokens, without the host."""
+
+from . import triton_sampling as _triton_sampling  # noqa: F401 - registers the implementations
+from .argmax_rows import argmax_rows
+from .sample_rows import sample_rows
+
+__all__ = ["argmax_rows", "sample_rows"]
