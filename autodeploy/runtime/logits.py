@@ -22,6 +22,7 @@ from autodeploy.errors import SamplingParamsError, UnknownTokenError
 
 from .messages import EngineRequest
 from .sampling_params import SamplingParams
+from .staging import send
 
 NO_TOKENS = np.empty(0, dtype=np.int64)
 
@@ -148,12 +149,15 @@ class LogitRules:
 
 
 def apply_rules(logits: Tensor, rules: dict[int, LogitRules]) -> None:
-    """Change row `i` of logits [N, V] float32, contiguous, by `rules[i]`, in place."""
+    """Change row `i` of logits [N, V] float32, contiguous, by `rules[i]`, in place.
+
+    Does not wait for the device.
+    """
     vocab = logits.shape[1]
     flat = logits.view(-1)
 
     def on_device(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(logits.device)
+        return send(np.concatenate(parts), logits.device)
 
     counted = {at: rule for at, rule in rules.items() if rule.counts is not None}
     if counted:
@@ -166,9 +170,10 @@ def apply_rules(logits: Tensor, rules: dict[int, LogitRules]) -> None:
     if limited:
         index = on_device([at * vocab + allowed for at, allowed in limited.items()])
         allowed_logits = flat[index]
-        logits[torch.tensor(list(limited), device=logits.device)] = -torch.inf
+        logits.index_fill_(0, on_device([np.array(list(limited), dtype=np.int64)]), -torch.inf)
         flat[index] = allowed_logits
-    flat[on_device([at * vocab + rule.forbidden() for at, rule in rules.items()])] = -torch.inf
+    forbidden = on_device([at * vocab + rule.forbidden() for at, rule in rules.items()])
+    flat.index_fill_(0, forbidden, -torch.inf)
 
 
 def _penalise(flat: Tensor, vocab: int, rules: dict[int, LogitRules]) -> None:
@@ -179,9 +184,9 @@ def _penalise(flat: Tensor, vocab: int, rules: dict[int, LogitRules]) -> None:
         index.append(at * vocab + rule.counts.ids)
         divisor.append(np.full(len(counts), rule.repetition, dtype=np.float32))
         subtracted.append(rule.frequency * counts + rule.presence * (counts > 0))
-    places = torch.from_numpy(np.concatenate(index)).to(flat.device)
-    by = torch.from_numpy(np.concatenate(divisor)).to(flat.device)
-    less = torch.from_numpy(np.concatenate(subtracted, dtype=np.float32)).to(flat.device)
+    places = send(np.concatenate(index), flat.device)
+    by = send(np.concatenate(divisor), flat.device)
+    less = send(np.concatenate(subtracted, dtype=np.float32), flat.device)
     seen = flat[places]
     flat[places] = torch.where(seen < 0, seen * by, seen / by) - less
 

@@ -69,3 +69,22 @@ _TORCH = {
     np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
 }
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device, in a copy that nobody waits for.
+
+    For sizes that differ from step to step. Torch keeps pinned buffers that are let go of, and
+    lends them again only when the copies out of them are done.
+    """
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        host = torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host)
+    return host.to(device, non_blocking=True)
+
+
+def receive(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory; filled once the stream has come to it, not before."""
+    cuda = tensor.device.type == "cuda"
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+    return host.copy_(tensor, non_blocking=True)

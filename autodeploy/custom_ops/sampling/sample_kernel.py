@@ -1,9 +1,10 @@
-"""The kernel of sample_rows: one program per row, which reads the row a few times and sorts nothing.
+"""The kernel of sample_rows: one program per row, which reads it a few times.
 
-Tokens are compared by a key, an integer in the order of their logits. The cut of top-k or top-p is
-found by dividing an interval of keys: one reading of the row gives the mass (the count, or the sum
-of weights) above WAYS keys, and leaves one of WAYS + 1 parts. 16-bit logits have 16-bit keys, so
-five readings are enough for them. Sums have a fixed order, whatever the batch.
+Nothing is sorted. Tokens are compared by a key, an integer in the order of their logits. The cut
+of top-k or top-p is found by dividing an interval of keys: one reading of the row gives the mass
+(the count, or the sum of weights) above WAYS keys, and leaves one of WAYS + 1 parts. 16-bit logits
+have 16-bit keys, so five readings are enough for them. Sums have a fixed order, whatever the
+batch.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered(x, SHIFT: tl.constexpr):
-    """float32 -> int32 that compare alike; the lowest SHIFT bits, always zero in x, are left out."""
+    """float32 -> int32 that compare alike; the lowest SHIFT bits, zero in x, are left out."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT

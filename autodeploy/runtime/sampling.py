@@ -1,0 +1,55 @@
+"""Sampling: tokens that are chosen on the device and may still be on their way to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from .messages import TokenLogprob
+
+FORBIDDEN = (
+    "every token is forbidden: allowed_token_ids, bad words and min_tokens leave none; "
+    "relax one of them"
+)
+BROKEN = "the model's logits are NaN, +inf or all -inf; look for overflow in its computation"
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What one step sampled, in the order of the `rows` asked for."""
+
+    token_ids: np.ndarray
+    """[N] int64; -1 where nothing could be sampled."""
+    logprobs: list[list[TokenLogprob] | None]
+    """The sampled token first, then the top candidates; None for rows that did not ask."""
+    bad_rows: list[int] = field(default_factory=list)
+    """Rows (not positions) for which nothing could be sampled."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """A sentence for each bad row."""
+
+
+class Sampling:
+    """One step's tokens.
+
+    Args:
+        tokens: see below.
+        collect: waits for what is on its way and makes the result; called once at most.
+    """
+
+    def __init__(self, tokens: Tensor, collect: Callable[[], SampleResult]) -> None:
+        self.tokens = tokens
+        """[N] int64 on the device of the logits, -1 where nothing could be sampled: for work that
+        is launched later on the same stream."""
+        self._collect: Callable[[], SampleResult] | None = collect
+        self._result: SampleResult | None = None
+
+    def result(self) -> SampleResult:
+        """The tokens on the host. Waits for the device the first time."""
+        if self._collect is not None:
+            self._result = self._collect()
+            self._collect = None
+        assert self._result is not None
+        return self._result
