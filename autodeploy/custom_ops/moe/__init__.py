@@ -1,7 +1,9 @@
 """Mixtures of experts: the experts are one op, the most usual router another."""
 
 from . import triton_experts as _triton_experts  # noqa: F401 - registers the implementation
+from . import triton_route as _triton_route  # noqa: F401 - registers the implementation
 from .experts import experts
 from .gates import ACTIVATIONS, gate
+from .route import route
 
-__all__ = ["ACTIVATIONS", "experts", "gate"]
+__all__ = ["ACTIVATIONS", "experts", "gate", "route"]

@@ -64,7 +64,8 @@ def sort_few_kernel(
     """All in one program, for at most CHUNK pairs.
 
     index [pairs]; slots [max_blocks * BLOCK_M], block_expert [max_blocks], block_count [1] and
-    cursor [BINS] int32 are written. BINS: a power of two above EXPERTS. TILES * TILE blocks at least.
+    cursor [BINS] int32 are written. BINS: a power of two above EXPERTS. TILES * TILE: as many
+    blocks or more.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -75,7 +76,7 @@ def sort_few_kernel(
     ends = tl.cumsum(blocks, axis=0)
     tl.store(cursor + tl.arange(0, BINS), (ends - blocks) * BLOCK_M)
     tl.store(block_count, tl.sum(blocks, axis=0))
-    for tile in range(0, TILES):
+    for tile in range(TILES):
         _lay_out(tile, ends, slots, block_expert, pairs, max_blocks, BLOCK_M, TILE)
     # Counters and empty slots are written before a pair draws from them.
     tl.debug_barrier()
@@ -127,7 +128,7 @@ def lay_out_kernel(
         tl.extra.cuda.gdc_wait()
     bins = tl.arange(0, BINS)
     total = tl.zeros([BINS], tl.int32)
-    for turn in range(0, ROUNDS):
+    for turn in range(ROUNDS):
         chunk = turn * 16 + tl.arange(0, 16)
         place = counts + chunk[:, None] * BINS + bins[None, :]
         total += tl.sum(tl.load(place, mask=(chunk < chunks)[:, None], other=0), axis=0)

@@ -1,0 +1,49 @@
+"""The kernel of `route`: softmax, the k largest and their sum, of a few tokens per program."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def route_kernel(
+    logits,
+    index,
+    weights,
+    tokens,
+    stride,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    BLOCK_CHOICES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """logits [tokens, EXPERTS], rows `stride` apart -> index and weights [tokens, CHOICES]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    choice = tl.arange(0, BLOCK_CHOICES)
+    mask = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
+    value = tl.load(logits + token[:, None] * stride + expert[None, :], mask=mask, other=0.0)
+    value = tl.where((expert < EXPERTS)[None, :], value.to(tl.float32), float("-inf"))
+    share = tl.exp(value - tl.max(value, axis=1)[:, None])
+    share = share / tl.sum(share, axis=1)[:, None]
+    # Below any probability: what does not exist, and what has been chosen.
+    share = tl.where((expert < EXPERTS)[None, :], share, -1.0)
+    found = tl.zeros([BLOCK_TOKENS, BLOCK_CHOICES], tl.int32)
+    weight = tl.zeros([BLOCK_TOKENS, BLOCK_CHOICES], tl.float32)
+    for place in tl.static_range(CHOICES):
+        best, where = tl.max(share, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        here = (choice == place)[None, :]
+        found = tl.where(here, where[:, None], found)
+        weight = tl.where(here, best[:, None], weight)
+        share = tl.where(expert[None, :] == where[:, None], -1.0, share)
+    if NORMALIZE:
+        weight = weight / tl.sum(weight, axis=1)[:, None]
+    at = token[:, None] * CHOICES + choice[None, :]
+    kept = (token < tokens)[:, None] & (choice < CHOICES)[None, :]
+    tl.store(index + at, found.to(tl.int64), mask=kept)
+    tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=kept)
