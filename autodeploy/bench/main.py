@@ -124,6 +124,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def run_kinds(args: argparse.Namespace) -> int:
     """Deploys once, measures every kind asked for, prints a table; writes JSON if asked."""
+    import msgspec
     import torch
 
     from .memory import memory_report
@@ -145,6 +146,8 @@ def run_kinds(args: argparse.Namespace) -> int:
             print(_heading(target, llm, ready, roof), file=sys.stderr)
             for kind in [kind for kind in KINDS[:-1] if kind in args.kinds]:
                 rows.extend(_measure(kind, args, llm, roof, work))
+            # Among them how often a CUDA graph was missed.
+            report["stats"] = msgspec.to_builtins(llm.stats)
             report["memory_bytes"] = memory_report(llm)
             if "serve" in args.kinds:
                 rows.extend(_measure("serve", args, llm, roof, work))

@@ -51,7 +51,8 @@ class Target:
         if self.model is not None:
             return deploy(self.model, **self.options)
         if "load_format" in {field.name for field in dataclasses.fields(DeployConfig)}:
-            return deploy(dummy_checkpoint(self.dummy), load_format="dummy", **self.options)
+            options = {**self.options, "load_format": "dummy"}
+            return deploy(dummy_checkpoint(self.dummy), **options)
         return deploy(self.live_model(), **self._for_live_model())
 
     def live_model(self) -> nn.Module:
@@ -60,7 +61,7 @@ class Target:
         device = self.options.get("device", "auto")
         if self.model is not None:
             trusted = bool(self.options.get("trust_remote_code"))
-            return load_model(self.model, dtype, device, trusted)
+            return load_model(self.model, dtype, device, trust_remote_code=trusted)
         return random_model(dummy_checkpoint(self.dummy), dtype, device, self.seed)
 
     def _for_live_model(self) -> dict[str, Any]:
