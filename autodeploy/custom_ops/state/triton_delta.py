@@ -16,8 +16,8 @@ from .packed import FLOATS, check_rows, launch_options, new_output, power_of_two
 _TILE = 4096
 # Sequences with more new tokens than this go through windows of tokens, if the decay is per head.
 _STEPS = 8
-_WINDOW = 64
-_WINDOW_VALUES = 32
+_WINDOW = 32
+_WINDOW_VALUES = 16
 _WINDOW_WARPS = 8
 
 
