@@ -1,16 +1,21 @@
 """From a config to a running engine, in one direction: model -> graph -> plan -> step -> token.
 
-The program of a checkpoint is made in a process of its own and kept, so that the one that serves
-holds neither transformers' model classes nor torch.export, nor anything else that only making a
-program needs, and so that the next start finds it made.
+On the CPU, the program of a checkpoint is made in a process of its own and kept, so that the one
+that serves holds neither transformers' model classes nor torch.export, nor anything else that only
+making a program needs. On a GPU that memory is not what is short: the program is made here, from
+weights that are loaded once. Either way the next start finds it made.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .compile_checkpoint import compile_in_child
@@ -20,32 +25,61 @@ from .runtime.scheduler import SchedulerConfig
 from .transforms.recipe import Recipe, load_recipe
 from .warm_start import KeptProgram
 
+_log = logging.getLogger("autodeploy")
+TOKENS_PER_STEP = {"cuda": 8192}
+"""Budget of a step by kind of device, if the user gives none: enough to fill a GPU."""
+TOKENS_PER_STEP_ELSEWHERE = 2048
+BLOCK_SIZE = 16
+
+
+class Phases:
+    """Wall time of the phases of a start, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._started
+
+    def facts(self) -> dict[str, str]:
+        """As text, the total last."""
+        return {
+            f"{n} seconds": f"{s:.2f}" for n, s in {**self.seconds, "total": self.total}.items()
+        }
+
 
 def build_engine(config: DeployConfig) -> EngineCore:
     """Loads, compiles and allocates: everything but the front."""
+    phases = Phases()
     recipe = load_recipe(config.recipe, config.overrides)
-    runner, summary = _build_runner(config, recipe)
-    scheduler = SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_prefill_chunk=config.max_prefill_chunk,
-        page_size=config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        max_model_len=config.max_model_len,
-    )
-    engine = EngineCore(
-        runner,
-        EngineConfig(
-            scheduler=scheduler,
-            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            num_pages=config.num_pages,
-            overlap=config.async_scheduling,
-            graph_sizes=_graph_sizes(config),
-        ),
-    )
+    runner, summary = _build_runner(config, recipe, phases)
+    with phases.timed("memory"):
+        engine = EngineCore(
+            runner,
+            EngineConfig(
+                scheduler=_scheduler_config(config, runner.contract.device),
+                kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                num_pages=config.num_pages,
+                overlap=config.async_scheduling,
+                graph_sizes=_graph_sizes(config),
+            ),
+        )
+    # Those of a kept program speak of the start that made it.
+    engine.summary = {n: f for n, f in summary.items() if not n.endswith(" seconds")}
     contract = runner.contract
     dtype = str(contract.dtype).removeprefix("torch.")
-    engine.summary = {**summary, "device": str(contract.device), "dtype": dtype}
+    engine.summary |= {"device": str(contract.device), "dtype": dtype, **phases.facts()}
+    times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.seconds.items())
+    _log.info("ready in %.1f s (%s)", phases.total, times)
     return engine
 
 
@@ -55,20 +89,37 @@ def _graph_sizes(config: DeployConfig) -> tuple[int, ...] | None:
     return None if config.cuda_graph_sizes is None else tuple(config.cuda_graph_sizes)
 
 
-def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, str]]:
-    started = time.perf_counter()
+def _scheduler_config(config: DeployConfig, device: torch.device) -> SchedulerConfig:
+    tokens = TOKENS_PER_STEP.get(device.type, TOKENS_PER_STEP_ELSEWHERE)
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or tokens,
+        max_prefill_chunk=config.max_prefill_chunk,
+        page_size=config.block_size or BLOCK_SIZE,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_model_len=config.max_model_len,
+    )
+
+
+def _build_runner(
+    config: DeployConfig, recipe: Recipe, phases: Phases
+) -> tuple[Any, dict[str, str]]:
     kept = KeptProgram.of(config, recipe)
     start = "warm"
     if kept is not None and not kept.exists and not kept.refused:
         start = "cold"
-        why = compile_in_child(config, recipe)
-        if why is not None:
-            kept.refuse(why)
+        if _compiles_elsewhere(config):
+            with phases.timed("compile process"):
+                why = compile_in_child(config, recipe)
+            if why is not None:
+                kept.refuse(why)
     if kept is not None and kept.exists:
-        runner, facts = kept.restore()
-        return runner, {**facts, "start": f"{start}, {time.perf_counter() - started:.2f} s"}
-    # Heavy imports: a warm start must not pay for them.
-    from .ladder import build_runner, summary
+        with phases.timed("load"):
+            runner, facts = kept.restore()
+        return runner, {**facts, "start": f"{start}, {phases.total:.2f} s"}
+    with phases.timed("import"):
+        # Heavy: a warm start must not pay for them.
+        from .ladder import build_runner, summary
 
     live = isinstance(config.model, nn.Module)
     if live:
@@ -76,7 +127,14 @@ def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, 
     else:
         from .checkpoint import load_model
 
-        model = load_model(config.model, config.dtype, config.device, config.trust_remote_code)
+        with phases.timed("load"):
+            model = load_model(
+                config.model,
+                config.dtype,
+                config.device,
+                config.trust_remote_code,
+                config.load_format,
+            )
     built = build_runner(
         model,
         recipe,
@@ -84,4 +142,17 @@ def _build_runner(config: DeployConfig, recipe: Recipe) -> tuple[Any, dict[str, 
         verify=config.verify,
         dump_graphs=Path(config.dump_graphs) if config.dump_graphs else None,
     )
-    return built.runner, {**summary(built), "start": "cold"}
+    phases.seconds |= built.seconds
+    facts = summary(built)
+    if kept is not None and not kept.refused and built.program is not None:
+        with phases.timed("keep"):
+            why = kept.keep(built.program, facts)
+        if why is not None:
+            kept.refuse(why)
+    return built.runner, {**facts, "start": "cold"}
+
+
+def _compiles_elsewhere(config: DeployConfig) -> bool:
+    from .checkpoint import device_of
+
+    return device_of(config.device).type == "cpu"

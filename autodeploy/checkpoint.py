@@ -11,16 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dummy_weights import dummy_model
 from .errors import CheckpointError, UnsupportedModelError
+from .transforms.device_copies import move_to_device
 
 _log = logging.getLogger("autodeploy")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
 def load_model(
-    path: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    path: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    load_format: str = "auto",
 ) -> nn.Module:
     """The causal language model of a checkpoint directory or hub id, in eval mode.
+
+    load_format: dummy for random weights, made on the device; a directory with only a config
+    will do then.
 
     Raises:
         CheckpointError: it is missing, has no config or no weights, or cannot be read.
@@ -29,7 +38,8 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    _check_directory(path)
+    dummy = load_format == "dummy"
+    _check_directory(path, weights=not dummy)
     where = f"checkpoint '{path}'"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -42,7 +52,10 @@ def load_model(
         )
     if not sys.stderr.isatty():
         disable_progress_bar()
+    target = device_of(device)
     try:
+        if dummy:
+            return dummy_model(config, _dummy_dtype(config, dtype), target, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -59,7 +72,7 @@ def load_model(
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{where} cannot be loaded: {_short(error)}") from error
     model.eval()
-    return model.to(_device(device))
+    return move_to_device(model, target)
 
 
 def load_tokenizer(
@@ -102,7 +115,7 @@ def _is_generic_tokenizer(folder: Path) -> bool:
     )
 
 
-def _check_directory(path: str | Path) -> None:
+def _check_directory(path: str | Path, weights: bool) -> None:
     folder = Path(path)
     if not folder.exists():
         if (
@@ -116,17 +129,31 @@ def _check_directory(path: str | Path) -> None:
         raise CheckpointError(f"'{path}' is a file; give the checkpoint's directory")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"checkpoint directory '{path}' has no config.json")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise CheckpointError(
             f"checkpoint directory '{path}' has no weights (*.safetensors or *.bin); "
-            "was the download complete?"
+            "was the download complete? load_format='dummy' makes random ones"
         )
 
 
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(name: str) -> torch.device:
+    """The device that `DeployConfig.device` names; on a GPU, with its index."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        # Tensors say which one they are on, and are compared with this.
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _dummy_dtype(config: Any, asked: str) -> torch.dtype:
+    stated = config.dtype or config.get_text_config().dtype
+    if asked != "auto":
+        stated = asked
+    if isinstance(stated, str):
+        stated = getattr(torch, stated)
+    return stated or torch.bfloat16
 
 
 def _short(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from .errors import ConfigError
 from .transforms.recipe import Recipe, suggest
 
 EXECUTORS = ("inprocess", "process")
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,17 +35,25 @@ class DeployConfig:
     """Of a checkpoint; a live model keeps the one it has."""
     device: str = "auto"
     """Where a checkpoint is loaded; a live model stays where it is. auto: cuda if there is one."""
+    load_format: str = "auto"
+    """auto: the checkpoint's weights. dummy: random ones of its config's shapes, for benchmarks;
+    the directory needs no weights and no tokenizer."""
     max_model_len: int | None = None
     """Longest prompt plus output; None: what the model states."""
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; None: 8192 on a GPU, 2048 on a CPU."""
     max_prefill_chunk: int | None = None
     """Most prompt tokens of one request in one step; None: only the step's budget."""
-    block_size: int = 16
-    """Tokens a KV page holds."""
+    block_size: int | None = None
+    """Tokens a KV page holds; None: 16."""
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None
-    """None: enough for `max_num_seqs` full sequences, but at most a quarter of free memory."""
+    """None: enough for `max_num_seqs` full sequences, but on a GPU at most what the weights and a
+    measured step leave of it, on a CPU at most a quarter of free memory."""
+    gpu_memory_utilization: float = 0.92
+    """Fraction of the GPU's memory for weights, steps and caches; without effect if the caches'
+    size is given."""
     num_pages: int | None = None
     """Exact number of KV pages per cache group; overrides the memory budget."""
     enforce_eager: bool = False
@@ -64,9 +73,11 @@ class DeployConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            self._positive(name)
-        for name in ("max_model_len", "max_prefill_chunk", "kv_cache_memory_bytes", "num_pages"):
+        self._positive("max_num_seqs")
+        for name in (
+            "max_model_len", "max_num_batched_tokens", "block_size", "max_prefill_chunk",
+            "kv_cache_memory_bytes", "num_pages",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._positive(name)
         for size in self.cuda_graph_sizes or ():
@@ -77,6 +88,15 @@ class DeployConfig:
                 )
         self._one_of("executor", EXECUTORS)
         self._one_of("dtype", DTYPES)
+        self._one_of("load_format", LOAD_FORMATS)
+        if self.load_format == "dummy" and not isinstance(self.model, (str, Path)):
+            raise ConfigError(
+                "load_format='dummy' makes weights for a checkpoint's config; a live model has "
+                "its own"
+            )
+        fraction = self.gpu_memory_utilization
+        if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {fraction!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"seed must be an integer, not {self.seed!r}")
 

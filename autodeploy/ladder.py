@@ -83,7 +83,8 @@ def build_runner(
     built = Built(None, 1)
     check_causal(model)
     try:
-        reference = reference_logits(model)
+        with built.timed("reference"):
+            reference = reference_logits(model)
     except NotCausalError as error:
         if not generates_from_ids(model):
             raise
@@ -135,7 +136,7 @@ class _CachedCheck:
         if Fact.CACHED not in program.facts or Fact.LOWERED in program.facts:
             return
         error = self.check.error(program)
-        if not error <= tolerance(program.contract.dtype):
+        if not error <= self.check.reference.limit(program.contract.dtype):
             names = sorted({call.name.rsplit(".", 1)[-1] for call in program.module_calls})
             raise _CachesFail(
                 f"{', '.join(names)} as the model's own code give other logits, by {error:.1e} of "

@@ -54,6 +54,8 @@ class KeptProgram:
         folder = Path(config.model)
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             return None
+        if config.load_format != "auto":
+            return None
         if config.verify or config.dump_graphs or recipe.imports or _has_foreign_code(recipe):
             # Each asks for the work to be done, or depends on code the key does not see.
             return None

@@ -112,9 +112,8 @@ def decode(
 def measure(
     llm: LLM, roof: Roof, batches: list[int], kv: int, steps: int, budget: int, repeat: int,
     profile: StepProfile | None = None,
-) -> list[Row]:  # fmt: skip
+) -> Iterator[Row]:  # fmt: skip
     """A row per batch size: the median of `repeat` runs; profiled in one more run, if asked."""
-    rows = []
     for batch in batches:
         runs = [decode(llm, batch, kv, steps, budget) for _ in range(repeat)]
         value = statistics.median(run.milliseconds for run in runs)
@@ -127,10 +126,8 @@ def measure(
             with profile.of(f"batch {batch}") as on_step:
                 decode(llm, batch, kv, max(steps, profile.steps + 2), budget, on_step)
             details["profile"] = profile.figures
-        rows.append(
-            Row("latency", f"decode, batch {batch}, kv {mean_kv:.0f}", value, "ms", floor, details)
-        )
-    return rows
+        name = f"decode, batch {batch}, kv {mean_kv:.0f}"
+        yield Row("latency", name, value, "ms", floor, details)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,47 +133,53 @@ def run_kinds(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     target = Target.of(args)
-    _refuse_batches(args)
+    _refuse(args)
     report: dict[str, Any] = {"model": target.name}
     rows: list[Row] = []
-    with deployed(target) as (llm, ready):
-        roof = Roof.over(llm)
-        work = _workload(args, llm.vocab_size)
-        print(_heading(target, llm, ready, roof), file=sys.stderr)
-        for kind in [kind for kind in KINDS[:-1] if kind in args.kinds]:
-            rows += _measure(kind, args, llm, roof, work)
-        memory = memory_report(llm)
-        report.update(ready=ready, memory_bytes=memory, summary=llm.summary, **roof_to_dict(roof))
-        if "serve" in args.kinds:
-            rows += _measure("serve", args, llm, roof, work)
-    if "throughput" in args.kinds and args.against:
-        rows += _others(args.against, target, work)
-    print(table(rows, roof.cause))
-    _write(args.json, {**report, "results": [row.to_dict() for row in rows]})
+    roof = Roof(None, None)
+    try:
+        with deployed(target) as (llm, ready):
+            roof = Roof.over(llm)
+            report.update(ready=ready, summary=llm.summary, **roof_to_dict(roof))
+            work = _workload(args, llm.vocab_size)
+            print(_heading(target, llm, ready, roof), file=sys.stderr)
+            for kind in [kind for kind in KINDS[:-1] if kind in args.kinds]:
+                rows.extend(_measure(kind, args, llm, roof, work))
+            report["memory_bytes"] = memory_report(llm)
+            if "serve" in args.kinds:
+                rows.extend(_measure("serve", args, llm, roof, work))
+        if "throughput" in args.kinds and args.against:
+            rows.extend(_others(args.against, target, work))
+    finally:
+        # Also after an error or an interrupt: what was measured until then holds.
+        if rows:
+            print(table(rows, roof.cause))
+            _write(args.json, {**report, "results": [row.to_dict() for row in rows]})
     return 0
 
 
 def _measure(
     kind: str, args: argparse.Namespace, llm: LLM, roof: Roof, work: Workload
-) -> list[Row]:
+) -> Iterator[Row]:
     # Here, not above: --help must not import torch.
     from . import latency, prefill, serve, throughput
     from .profile import StepProfile
 
     if kind == "latency":
         profile = None if args.profile is None else StepProfile(args.profile)
-        return latency.measure(
+        yield from latency.measure(
             llm, roof, args.batch, args.kv, args.steps, _budget(args), args.repeat or 3, profile
         )
-    if kind == "prefill":
+    elif kind == "prefill":
         requests, length = args.prefill
-        return [prefill.measure(llm, roof, requests, length, args.repeat or 3)]
-    if kind == "throughput":
-        return [throughput.measure(llm, roof, work, _most(args), args.repeat or 1)]
-    return serve.measure(llm, work, args.rate, args.seed)
+        yield prefill.measure(llm, roof, requests, length, args.repeat or 3)
+    elif kind == "throughput":
+        yield throughput.measure(llm, roof, work, _most(args), args.repeat or 1)
+    else:
+        yield from serve.measure(llm, work, args.rate, args.seed)
 
 
-def _others(names: list[str], target: Target, work: Workload) -> list[Row]:
+def _others(names: list[str], target: Target, work: Workload) -> Iterator[Row]:
     """transformers on the same work, when our engine has given its memory back."""
     import gc
 
@@ -184,7 +191,8 @@ def _others(names: list[str], target: Target, work: Workload) -> list[Row]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     model = target.live_model()
-    return [measure_against(name, model, work) for name in names]
+    for name in names:
+        yield measure_against(name, model, work)
 
 
 def _workload(args: argparse.Namespace, vocab: int) -> Workload:
@@ -251,7 +259,16 @@ def _budget(args: argparse.Namespace) -> int:
     return int(args.max_num_batched_tokens or DeployConfig.max_num_batched_tokens)
 
 
-def _refuse_batches(args: argparse.Namespace) -> None:
+def _refuse(args: argparse.Namespace) -> None:
+    """What could only fail after minutes of measuring.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for name in ("json", "profile"):
+        file = getattr(args, name, None)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {file}: there is no directory '{file.parent}'; make it")
     if "latency" not in args.kinds:
         return
     if max(args.batch) > _most(args):

@@ -41,6 +41,7 @@ class StepProfile:
             activities.append(ProfilerActivity.CUDA)
         profiler = profile(activities=activities)
         times: list[float] = []
+        self.figures = {}
 
         def on_step() -> None:
             if not times:

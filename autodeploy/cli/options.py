@@ -59,6 +59,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights; auto: the checkpoint's",
     )
+    group.add_argument(
+        "--load-format", choices=("auto", "dummy"),
+        help="dummy: random weights of the config's shapes, for benchmarks",
+    )  # fmt: skip
     group.add_argument("--device", help="such as cpu or cuda:0; default: cuda if there is one")
     for name, text in (
         ("max-model-len", "longest prompt plus output, in tokens"),
@@ -68,6 +72,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         ("kv-cache-memory-bytes", "memory of all caches together"),
     ):
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="FRACTION",
+        help="of the GPU's memory, for weights, steps and caches (default: 0.92)",
+    )  # fmt: skip
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None,
         help="reuse pages between requests that start alike (default: yes)",
@@ -81,9 +89,9 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
 
 
 _DEPLOY = (
-    "tokenizer", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "block_size", "kv_cache_memory_bytes", "enable_prefix_caching", "executor",
-    "trust_remote_code", "verify", "dump_graphs",
+    "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
+    "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
+    "enable_prefix_caching", "executor", "trust_remote_code", "verify", "dump_graphs",
 )  # fmt: skip
 
 

@@ -54,8 +54,8 @@ def plan_caches(
 ) -> CachePlan:
     """Divides memory among the cache groups.
 
-    memory_bytes: for all caches; None: a quarter of the free host memory, or less if
-    max_num_seqs sequences of max_model_len need less.
+    memory_bytes: for all caches; None, for a model on the host: a quarter of its free memory,
+    or less if max_num_seqs sequences of max_model_len need less.
     num_pages: of every group, or per group, instead.
 
     Raises:
@@ -151,8 +151,8 @@ def _memory(contract: Contract, asked: int | None) -> int:
         return asked
     if contract.device.type != "cpu":
         raise ConfigError(
-            f"kv_cache_memory_bytes has no default on {contract.device}; say how much the caches "
-            "may take"
+            f"what {contract.device} has left for caches cannot be measured; set "
+            "kv_cache_memory_bytes"
         )
     return int(free_host_memory() * HOST_FRACTION)
 

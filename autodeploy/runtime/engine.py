@@ -42,6 +42,7 @@ from .caches import plan_caches
 from .device_step import DeviceStep
 from .graphs import default_sizes
 from .host_step import HostStep
+from .memory import memory_for_caches
 from .messages import (
     EngineRequest,
     EngineStats,
@@ -83,8 +84,10 @@ class EngineConfig:
 
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv_cache_memory_bytes: int | None = None
-    """For all caches together; None: a quarter of the free host memory, or less if that is
-    enough for max_num_seqs sequences of max_model_len."""
+    """For all caches together; None: what a measured step leaves of the GPU, or a quarter of the
+    free host memory; less if that is enough for max_num_seqs sequences of max_model_len."""
+    gpu_memory_utilization: float = 0.92
+    """Fraction of a GPU's memory that weights, steps and caches may take."""
     num_pages: int | Mapping[str, int] | None = None
     """Pages of each cache group, instead of what the memory gives."""
     overlap: bool | None = None
@@ -150,7 +153,10 @@ class EngineCore:
     ) -> None:
         contract = runner.contract
         scheduler = _within(config.scheduler, contract)
-        caches = plan_caches(contract, scheduler, config.kv_cache_memory_bytes, config.num_pages)
+        memory = config.kv_cache_memory_bytes
+        if memory is None and config.num_pages is None:
+            memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization)
+        caches = plan_caches(contract, scheduler, memory, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
         # One slot more: padded sequences of CUDA graphs write there.
         runner.allocate(caches.num_pages, scheduler.page_size, caches.num_slots + 1)

@@ -24,8 +24,9 @@ from autodeploy.custom_ops.op import OPS
 
 from ..errors import TransformError
 from .compiled import CompiledProgram
+from .device_copies import copy_each
 from .memory_pages import drop_memory_pages
-from .program import Program, joined, sample_of
+from .program import Program, sample_of
 
 FORMAT = 5
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -93,7 +94,7 @@ def store(
     for name in sorted(pieces):
         kept = aliases.get(name, name)
         if kept in checkpoint:
-            if not torch.equal(sample_of(read_tensor(kept)), program.source.sample(name)):
+            if not torch.equal(sample_of(read_tensor(kept)), program.source.sample(name).cpu()):
                 return f"weight '{name}' differs from the checkpoint's tensor of that name"
             continue
         if name not in program.source.derived:
@@ -144,10 +145,13 @@ def restore(
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     contract = _contract_from_dict(stored.contract)
     weights: dict[StoredWeight, torch.Tensor] = {}
+    reads: list[_Read] = []
     for attribute, weight in stored.weights.items():
         if weight not in weights:
-            weights[weight] = _weight(stored, weight, read_tensor).to(contract.device)
+            reads.append(_read(stored, weight, read_tensor, contract.device))
+            weights[weight] = reads[-1].value
         module.register_buffer(attribute, weights[weight])
+    copy_each(_Read.copy, reads, contract.device)
     total = sum(value.nbytes for value in weights.values())
     nodes: dict[str, fx.Node] = {}
     for name, kind, target, args, kwargs in stored.nodes:
@@ -163,19 +167,45 @@ def restore(
     return CompiledProgram(module.forward, inputs, contract), total
 
 
-def _weight(
-    stored: StoredProgram, weight: StoredWeight, read_tensor: Callable[[str], torch.Tensor]
-) -> torch.Tensor:
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A weight's memory, and what is to be copied there."""
+
+    value: torch.Tensor
+    parts: list[torch.Tensor]
+    """[.., n, ..] as the weight, but for `n` along the dimension they are joined."""
+    dimension: int
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        at = 0
+        for part in self.parts:
+            size = part.shape[self.dimension] if len(self.parts) > 1 else 0
+            # One part may be a number without dimensions.
+            place = self.value.narrow(self.dimension, at, size) if size else self.value
+            place.copy_(part)
+            drop_memory_pages(part)
+            at += size
+
+
+def _read(
+    stored: StoredProgram,
+    weight: StoredWeight,
+    read_tensor: Callable[[str], torch.Tensor],
+    device: torch.device,
+) -> _Read:
     parts = [
         _tensor(stored.tensors[name]) if name in stored.tensors else read_tensor(name)
         for name in weight.pieces
     ]
     # A copy, always: a view into the file would keep all of it mapped, and what is joined
     # would count twice.
-    value = joined(parts, weight.shape, weight.dimension) if len(parts) > 1 else parts[0].clone()
-    for part in parts:
-        drop_memory_pages(part)
-    return value
+    if len(parts) == 1:
+        return _Read(torch.empty_like(parts[0], device=device), parts, 0)
+    before, after = weight.shape[: weight.dimension], weight.shape[weight.dimension + 1 :]
+    views = [part.reshape(*before, -1, *after) for part in parts]
+    value = torch.empty(weight.shape, dtype=parts[0].dtype, device=device)
+    return _Read(value, views, weight.dimension)
 
 
 def _tied(
@@ -186,7 +216,7 @@ def _tied(
     held = {
         _place(tensor): name
         for name, tensor in originals.items()
-        if tensor.numel() and tuple(checkpoint.get(name, ())) == tuple(tensor.shape)
+        if tensor.data_ptr() and tuple(checkpoint.get(name, ())) == tuple(tensor.shape)
     }
     return {
         name: held[_place(originals[name])]

@@ -1,8 +1,8 @@
 """Giving memory back to the operating system while its owner still holds the address.
 
 A checkpoint is mapped from its file as a whole, and one tensor of it cannot be unmapped alone;
-a model object keeps its parameters until it is dropped. Both would count twice once their
-contents are joined into another tensor.
+a model object keeps its parameters until it is dropped, on whatever device they are. Both would
+count twice once their contents are joined into another tensor.
 """
 
 from __future__ import annotations
@@ -23,16 +23,31 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def drop_memory_pages(tensor: torch.Tensor) -> None:
-    """Frees the whole memory pages inside a contiguous CPU tensor nobody will read again.
+    """Frees the memory of a tensor nobody will read again, which keeps its shape.
 
-    Elsewhere than on Linux, and for tensors under a page, nothing happens: they are freed with
-    their owner.
+    On the CPU: the whole memory pages inside a contiguous tensor; on Linux only, and of tensors
+    under a page nothing: they are freed with their owner. Elsewhere: its storage, unless that
+    holds more than this tensor.
     """
+    if tensor.device.type != "cpu":
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == tensor.nbytes:
+            storage.resize_(0)
+        return
     libc = _libc()
-    if libc is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if libc is None or not tensor.is_contiguous():
         return
     size = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // size) * size
     last = (tensor.data_ptr() + tensor.nbytes) // size * size
     if last > first:
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+def return_unused_blocks(device: torch.device) -> None:
+    """Has torch's allocator give freed blocks back: it would keep them for tensors of their size.
+
+    Joined weights are larger than what they are made of, so they never fit those blocks.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -22,7 +22,10 @@ from autodeploy.custom_ops.contract import CacheInput, Contract
 from autodeploy.custom_ops.op import op_of
 
 from ..errors import TransformError
-from .memory_pages import drop_memory_pages
+from .memory_pages import drop_memory_pages, return_unused_blocks
+
+_RETURN_AFTER = 1 << 30
+"""Bytes released before blocks are given back, which waits for the device."""
 
 
 class Fact(enum.Enum):
@@ -73,6 +76,7 @@ class WeightSource:
         self._owned = owned
         self._samples: dict[str, torch.Tensor] = {}
         self._readers = Counter(_place(t) for t in tensors.values())
+        self._released_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor that a pass worked out, such as slopes read off a graph."""
@@ -107,7 +111,11 @@ class WeightSource:
             tensor = self.originals[name]
             if self._readers[_place(tensor)] == 1:
                 self._samples[name] = self.sample(name)
+                self._released_bytes += tensor.nbytes
                 drop_memory_pages(tensor)
+                if self._released_bytes > _RETURN_AFTER:
+                    self._released_bytes = 0
+                    return_unused_blocks(tensor.device)
 
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +125,13 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    """Equal for tensors of which one cannot be released without the other."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.untyped_storage()._cdata
+    if tensor.device.type == "cpu":
+        # A mapped file is one storage; memory pages are given back for each tensor of it alone.
+        return tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass

@@ -139,6 +139,7 @@ def test_percent_of_floor_is_100_at_the_floor_in_both_units():
     [
         (["latency", "--batch", "64", "--max-num-seqs", "8"], "--max-num-seqs"),
         (["latency", "--profile", "x.json", "--executor", "process"], "--profile"),
+        (["prefill", "--json", "nowhere/report.json"], "no directory 'nowhere'"),
         (["prefill", "--dummy", "no-such-shape"], "--dummy takes"),
         (["startup", "examples/demo_model", "--dummy", "qwen3-8b"], "name one model"),
     ],
@@ -148,11 +149,30 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(arguments, 
     assert message in capsys.readouterr().err
 
 
+def test_what_was_measured_before_an_error_is_printed(tiny, capsys):
+    too_long = ["--prefill", "1x4096"]
+    words = ["--kinds", "latency", "prefill", "--batch", "1", "--kv", "8", "--steps", "4"]
+    assert main(["bench", "all", "--dummy", tiny, *words, *too_long]) == 1
+    captured = capsys.readouterr()
+    assert "decode, batch 1" in captured.out
+    assert captured.err.splitlines()[-1].startswith("autodeploy: error:")
+
+
 @pytest.mark.parametrize("words", [["--prefill", "64"], ["--batch", "0"], ["--rate", "-1"]])
 def test_malformed_numbers_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "all", *words])
     assert stop.value.code == 2
+
+
+def test_the_cost_survives_a_warm_start_and_another_process():
+    costs = []
+    for executor in ("inprocess", "process"):
+        with LLM("examples/demo_model", executor=executor) as llm:
+            costs.append(llm.cost)
+            assert llm.summary["device"].startswith(("cpu", "cuda"))
+    assert costs[0] == costs[1]
+    assert costs[0].weight_bytes > 1_000_000
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ from tiny_models import tiny_model
 from torch import nn
 
 from autodeploy.custom_ops import gpu
-from autodeploy.custom_ops.linear import fused_linear
+from autodeploy.custom_ops.linear import fused_linear, skinny_config
+from autodeploy.custom_ops.linear.skinny_config import Measured, Tiling, tiling_of
 from autodeploy.transforms.capture.export import capture
 from autodeploy.transforms.pipeline import run_recipe, run_step
 from autodeploy.transforms.recipe import Step, load_recipe
@@ -54,16 +55,14 @@ def test_a_layer_is_four_products_with_everything_inside():
 
 
 def test_the_heads_rows_are_chosen_before_its_norm():
-    program, calls = rewritten(tiny_model("llama", num_hidden_layers=1), 1e-6)
+    _, calls = rewritten(tiny_model("llama", num_hidden_layers=1), 1e-6)
     head = calls[-1]
     assert head["norm"]
     assert head["x"].target in (aten.index.Tensor, aten.index_select.default)
     assert head["x"].args[0].target == fused_linear.overload
 
 
-@pytest.mark.parametrize(
-    ("kind", "activation"), [("phi3", "silu"), ("gemma", "gelu_pytorch_tanh")]
-)
+@pytest.mark.parametrize(("kind", "activation"), [("phi3", "silu"), ("gemma", "gelu_pytorch_tanh")])
 def test_gates_of_other_spellings_are_found(kind, activation):
     _, calls = rewritten(tiny_model(kind, num_hidden_layers=1), 1e-5)
     assert [c["activation"] for c in calls if c["gated"]] == [activation]
@@ -72,7 +71,7 @@ def test_gates_of_other_spellings_are_found(kind, activation):
 
 
 def test_a_norm_that_several_read_and_layers_normed_last_stay_apart():
-    program, calls = rewritten(tiny_model("olmo2", num_hidden_layers=1), 1e-6)
+    _, calls = rewritten(tiny_model("olmo2", num_hidden_layers=1), 1e-6)
     # Only the head's norm stands before a product.
     assert [c["norm"] for c in calls].count(True) == 1
     assert all(c["residual"] is None for c in calls)
@@ -140,10 +139,31 @@ def test_a_served_model_keeps_its_logits(kind):
     model = tiny_model(kind, num_hidden_layers=1)
     check = SequenceCheck(reference_logits(model))
     program = capture(model)
-    run_recipe(
-        program, load_recipe("default", {"fuse_linear": {"devices": ["cpu"]}}), check=check
-    )
-    assert program.contract.eager == tuple(
-        name for name in program.contract.eager if "fused_linear" not in name
-    )
+    run_recipe(program, load_recipe("default", {"fuse_linear": {"devices": ["cpu"]}}), check=check)
+    assert not any("fused_linear" in name for name in program.contract.eager)
     assert sum(n.meta.get("op") == "fused_linear" for n in program.graph.nodes) == 5
+
+
+@pytest.mark.skipif(not gpu.interpreted(), reason="kernels run on the device")
+def test_kernels_in_half_precision_give_the_models_logits(monkeypatch):
+    # Few and large tiles: the interpreter is slow.
+    tilings = (
+        Measured((1, 2), (1, 999), (1, 999), Tiling("gemv", block_n=128, block_k=128)),
+        Measured((3, 128), (1, 999), (1, 999), Tiling("dot", block_n=128, block_k=64)),
+    )
+    monkeypatch.setattr(skinny_config, "MEASURED", tilings)
+    tiling_of.cache_clear()
+    model = tiny_model("llama", num_hidden_layers=1).half()
+    whole = SequenceCheck(reference_logits(model))
+    program = capture(model)
+    recipe = load_recipe("default", {"fuse_linear": {"devices": ["cpu"]}})
+
+    def check(program, step):
+        if step.id == "load":
+            whole(program, step)
+
+    with gpu.interpreted_kernels():
+        run_recipe(program, recipe, check=check)
+    tiling_of.cache_clear()
+    fused = [n for n in program.graph.nodes if n.meta.get("op") == "fused_linear"]
+    assert {n.meta["implementation"] for n in fused} == {"triton"}

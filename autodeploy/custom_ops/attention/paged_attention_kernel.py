@@ -194,40 +194,41 @@ def _merge_splits(
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MERGE_G: tl.constexpr,
     MERGE_S: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the first `used` ranges left at a place, MERGE_S of them at a time; stores the row.
+    """Adds up the first `used` ranges left at a place, MERGE_S of MERGE_G heads at a time.
 
     Other programs wrote them, so they are read past the first-level cache.
     """
-    g = tl.arange(0, MERGE_G)
     dv = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([MERGE_G, BLOCK_DV], tl.float32)
-    top = tl.full([MERGE_G], _LOWEST, tl.float32)
-    total = tl.zeros([MERGE_G], tl.float32)
-    for first in range(0, used, MERGE_S):
-        s = first + tl.arange(0, MERGE_S)
-        part = (place * splits + s)[:, None] * GROUP + g[None, :]
-        there = (s < used)[:, None] & (g < GROUP)[None, :]
-        tops = tl.load(stats_ptr + part * 2, mask=there, other=_LOWEST, cache_modifier=".cg")
-        totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        parts = tl.load(
-            partial_ptr + part[:, :, None] * DV + dv[None, None, :],
-            mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        shrink = tl.exp2(top - new_top)
-        share = tl.exp2(tops - new_top[None, :])
-        total = total * shrink + tl.sum(totals * share, 0)
-        acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 0)
-        top = new_top
-    if SINKS:
-        head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
-        acc, total = _add_sink(acc, top, total, sink)
-    # Heads past the group have no keys.
-    total = tl.where(g < GROUP, total, 1.0)
-    out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
-    kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
-    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
+    for first_head in range(0, GROUP, MERGE_G):
+        g = first_head + tl.arange(0, MERGE_G)
+        acc = tl.zeros([MERGE_G, BLOCK_DV], tl.float32)
+        top = tl.full([MERGE_G], _LOWEST, tl.float32)
+        total = tl.zeros([MERGE_G], tl.float32)
+        for first in range(0, used, MERGE_S):
+            s = first + tl.arange(0, MERGE_S)
+            part = (place * splits + s)[:, None] * GROUP + g[None, :]
+            there = (s < used)[:, None] & (g < GROUP)[None, :]
+            tops = tl.load(stats_ptr + part * 2, mask=there, other=_LOWEST, cache_modifier=".cg")
+            totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            parts = tl.load(
+                partial_ptr + part[:, :, None] * DV + dv[None, None, :],
+                mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            shrink = tl.exp2(top - new_top)
+            share = tl.exp2(tops - new_top[None, :])
+            total = total * shrink + tl.sum(totals * share, 0)
+            acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 0)
+            top = new_top
+        if SINKS:
+            head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
+            sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
+            acc, total = _add_sink(acc, top, total, sink)
+        # Heads past the group have no keys.
+        total = tl.where(g < GROUP, total, 1.0)
+        out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
+        kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
+        tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit(

@@ -49,23 +49,37 @@ class PrefillTiles:
     keys: int
     warps: int
     stages: int
+    registers: int = 0
+    """Most registers of a thread; 0 leaves it to the compiler. 128 let two blocks of 8 warps share
+    a multiprocessor, one multiplies while the other takes powers."""
 
 
-def decode_tiles(width: int, itemsize: int, device: torch.device) -> DecodeTiles:
-    """Tiles for heads of `width` numbers, a power of 2, in a cache of `itemsize` bytes a number."""
-    keys = max(16, min(128, 16384 // (width * itemsize)))
-    return DecodeTiles(keys, max(1, 128 // keys), 4 * gpu.multiprocessors(device.index or 0), 4, 3)
+def decode_tiles(width: int, itemsize: int, group: int, device: torch.device) -> DecodeTiles:
+    """Tiles for `group` query heads a kv head in a cache of `itemsize` bytes a number.
+
+    width: of a head, a power of 2. A block of keys is 16 KiB, and of values.
+    """
+    rows = triton_block(group, 16)
+    keys = max(16, min(128, 16384 // (width * itemsize), 4096 // rows))
+    # H200: 8 sequences of 576 keys and 8 heads take 14 us in two ranges each and 16 in eight; 4 of
+    # 32768 keys 137 us in eight and 184 in sixteen.
+    programs = 3 * gpu.multiprocessors(device.index or 0) // 2
+    return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, 4)
 
 
-def prefill_tiles(width: int, itemsize: int, group: int) -> PrefillTiles:
-    """Tiles for `group` query heads a kv head; the others as in `decode_tiles`."""
-    rows = max(128 if itemsize == 2 else 64, triton_block(group))
-    # Queries, and two stages of keys and values, are in at most 192 KiB of shared memory.
-    keys = min(128 if width < 256 else 64, (192 * 1024 // itemsize // width - rows) // 4)
-    keys = max(16, 1 << keys.bit_length() - 1)
+def prefill_tiles(width: int, itemsize: int, group: int, tokens: int) -> PrefillTiles:
+    """Tiles for `group` query heads a kv head and, on average, `tokens` tokens a sequence.
+
+    The others as in `decode_tiles`.
+    """
     if itemsize == 4:
-        keys = min(keys, 32)
-    return PrefillTiles(rows, keys, 8 if rows * width >= 128 * 128 else 4, 2)
+        rows = triton_block(group, 8192 // width)
+        return PrefillTiles(rows, max(16, 4096 // max(width, rows)), 8 if rows > 64 else 4, 2)
+    if tokens < 64:
+        # 255 single tokens beside a prompt of 500: 189 us, with 128 rows 299.
+        return PrefillTiles(64, 64, 4, 3 if width < 256 else 2)
+    # 8 x 1024 and 1 x 8192 tokens, heads of 128: 289 and 434 TFLOP/s; 8 warps 263 and 390.
+    return PrefillTiles(128, 64, 4 if width == 128 else 8, 3 if width < 256 else 2)
 
 
 def triton_block(extent: int, least: int = 1) -> int:
@@ -101,9 +115,11 @@ def attend_pages(
         return out
     site = _Site.of(q, k_cache, v_cache, cu_q, kv_len, block_table, out)
     form = _Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
-    launch_decode(site, form, decode_tiles(site.width, q.element_size(), q.device))
+    size = q.element_size()
+    launch_decode(site, form, decode_tiles(site.width, size, site.group, q.device))
     if len(q) != len(kv_len):
-        launch_prefill(site, form, prefill_tiles(site.width, q.element_size(), site.group))
+        tokens = len(q) // len(kv_len)
+        launch_prefill(site, form, prefill_tiles(site.width, size, site.group, tokens))
     return out
 
 
@@ -196,13 +212,14 @@ def launch_decode(site: _Site, form: _Form, tiles: DecodeTiles) -> None:
     scratch = (site.q, site.q, site.q)  # never touched
     if splits > 1:
         scratch = _scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
-    merged = triton_block(site.group)
+    block_dv = site.shape["BLOCK_DV"]
+    merged = min(triton_block(site.group), max(1, 2048 // block_dv))
     pdl = gpu.overlaps_launches()
     decode_kernel[(rows * splits,)](
         *site.addresses, *form.tensors, *scratch, *site.strides, splits, tiles.least,
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
-        MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * site.shape["BLOCK_DV"]))),
+        MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
         MIXED=len(site.q) != site.sequences, PDL=pdl, num_warps=tiles.warps,
         num_stages=tiles.stages, **_overlap(pdl),
     )  # fmt: skip
@@ -218,6 +235,7 @@ def launch_prefill(site: _Site, form: _Form, tiles: PrefillTiles) -> None:
         *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, *form.numbers,
         **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **_overlap(pdl),
+        **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
 
 
@@ -282,14 +300,18 @@ def write_pages(
 def _applies(choice: Choice) -> bool:
     args = choice.args
     dtypes = {args[name].dtype for name in ("q", "k", "v", "k_cache", "v_cache")}
-    widths = (args["q"].shape[2], args["v"].shape[2])
+    group = args["q"].shape[1] // args["k"].shape[1]
+    width = max(args["q"].shape[2], args["v"].shape[2])
+    # A block of queries has all heads of a group, and shared memory holds 64 KiB of them.
+    queries = triton_block(group) * triton_block(width) * args["q"].element_size()
     return (
         gpu.runs_triton(choice.device)
         and len(dtypes) == 1
         and dtypes <= set(_DTYPES)
         and all(args[name].dtype is dtype for name, dtype in _METADATA.items())
-        and max(widths) <= 256
-        and args["q"].shape[1] // args["k"].shape[1] <= 128
+        and width <= 256
+        and group <= 128
+        and queries <= 1 << 16
         and args["k_cache"].stride()[-1] == args["v_cache"].stride()[-1] == 1
         and args["scale"] > 0
     )

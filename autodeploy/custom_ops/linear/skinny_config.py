@@ -11,15 +11,20 @@ GEMV_TOKENS = 2
 DOT_TOKENS = 128
 """Most tokens `dot_kernel` is chosen for; above, cuBLAS."""
 NORM_TOKENS = 16
-"""Most tokens whose norm `dot_kernel` applies itself: each program does it for all of x."""
+"""Most tokens whose norm `dot_kernel` is to apply itself: each program does it for all of x."""
 SHARED_BYTES = 224 * 1024
 """Shared memory that the stages of one program may take."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """One way to run a product. block_n counts columns of the result: a gated tile reads twice
-    as many rows of the weight. split and stages mean something to `dot_kernel` only."""
+    """One way to run a product.
+
+    block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
+    early: bytes of each weight row that a program asks for before it waits for its predecessor.
+    split and stages mean something to `dot_kernel` only; so does norms: whether it applies a norm
+    itself or finds x normed.
+    """
 
     kernel: Literal["gemv", "dot", "cublas"]
     block_n: int = 0
@@ -27,6 +32,8 @@ class Tiling:
     split: int = 1
     stages: int = 4
     warps: int = 4
+    norms: bool = True
+    early: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,4 +107,6 @@ def bounded(
     while programs * split * 2 <= 2 * multiprocessors and width >= split * 2 * block_k * stages:
         split *= 2
     warps = 8 if tiling.block_n * padded(tokens) * (2 if gated else 1) > 64 * 128 else 4
-    return Tiling("dot", tiling.block_n, block_k, split, stages, warps)
+    norms = tokens <= NORM_TOKENS
+    early = 2 * block_k * stages
+    return Tiling("dot", tiling.block_n, block_k, split, stages, warps, norms, early)

@@ -41,18 +41,41 @@ def norm_scale(
     return scale
 
 
+@triton.jit
+def prefetch(start, row, outputs, K: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Asks for BYTES from `start` on of ROWS rows of a weight to be brought to the L2 cache.
+
+    Each of 128 threads or more asks for one piece, of a multiple of 16 bytes.
+    """
+    PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1
+    PIECE: tl.constexpr = BYTES // (16 * PIECES) * 16
+    if PIECE > 0:
+        lane = tl.arange(0, ROWS * PIECES)
+        there = tl.minimum(row + lane // PIECES, outputs - 1).to(tl.int64)
+        address = start + there * K + (lane % PIECES) * (PIECE // 2)
+        tl.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address.to(tl.int64), tl.full((ROWS * PIECES,), PIECE, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize=["eps", "offset"])
 def gemv_kernel(
     x, weight, bias, norm_weight, residual, out, outputs, eps, offset,
     K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NORM: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [TOKENS, K], TOKENS 1 or 2, weight [outputs or twice that, K] -> out [TOKENS, outputs].
 
     One program makes BLOCK_N columns of all tokens. The next tile of weights is on its way in
-    registers while the last one is multiplied.
+    registers while the last one is multiplied. EARLY: bytes of each weight row that are asked for
+    before the wait.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,6 +90,11 @@ def gemv_kernel(
     if GATED:
         other_tile = tile + tl.cast(outputs, tl.int64) * K
         v = tl.load(other_tile, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if EARLY > 0:
+        prefetch(weight, tl.program_id(0) * BLOCK_N, outputs, K, BLOCK_N, EARLY)
+        if GATED:
+            half = weight + tl.cast(outputs, tl.int64) * K
+            prefetch(half, tl.program_id(0) * BLOCK_N, outputs, K, BLOCK_N, EARLY)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -134,20 +162,6 @@ def gemv_kernel(
 
 
 @triton.jit
-def prefetch(address, BYTES: tl.constexpr):
-    """Asks for BYTES at each address, a multiple of 16, to be brought to the L2 cache."""
-    size = tl.full(address.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [address.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def finish(
     first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
     K: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -179,14 +193,14 @@ def dot_kernel(
     SPLIT: tl.constexpr, NORM: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr,
     HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    PREFETCH: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [tokens <= BLOCK_M, K], weight [outputs or twice that, K] -> out [tokens, outputs].
 
     Program (i, j) makes columns i * BLOCK_N .. of all tokens over the j-th of SPLIT parts of K.
     The last part of a tile to arrive adds up all of them in order, so results do not depend on
     which one that is. scratch: float32, one slot per program; arrivals: int32 zeros, one per tile,
-    left as zeros. PREFETCH: bytes of each weight row that are asked for before the wait.
+    left as zeros. EARLY: bytes of each weight row that are asked for before the wait.
     WIDE: products of float32, for the interpreter, which has none of bfloat16.
     """
     tile = tl.program_id(0)
@@ -200,10 +214,10 @@ def dot_kernel(
     begin = part * SPAN
     rows = weight + row * K + begin
     half = tl.cast(outputs, tl.int64) * K
-    if PREFETCH > 0:
-        prefetch(rows, PREFETCH)
+    if EARLY > 0:
+        prefetch(weight + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
         if GATED:
-            prefetch(rows + half, PREFETCH)
+            prefetch(weight + half + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

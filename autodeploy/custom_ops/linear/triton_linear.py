@@ -16,7 +16,7 @@ from ..moe.gates import ACTIVATIONS, activate
 from ..norm.triton_norm import rms_norm_rows
 from ..op import Choice
 from .fused_linear import fused_linear
-from .skinny_config import NORM_TOKENS, Tiling, padded, tiling_of
+from .skinny_config import Tiling, padded, tiling_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Tiles that parts of a split product can be counted for.
@@ -61,10 +61,9 @@ def fused_linear_rows(
     if tokens == 0:
         return x.new_empty(shape)
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors())
-    # Above NORM_TOKENS each program would norm too much. In float16, x times the norm's weight
-    # may leave the range that x over its root times the weight stays in.
+    # In float16, x times the norm's weight may leave the range that a normed row stays in.
     apart = tiling.kernel == "cublas" or (
-        tiling.kernel == "dot" and (tokens > NORM_TOKENS or x.dtype is torch.float16)
+        tiling.kernel == "dot" and (not tiling.norms or x.dtype is torch.float16)
     )
     if norm and apart:
         x, norm = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight), False
@@ -126,7 +125,8 @@ def skinny_linear(
     if tiling.kernel == "gemv":
         gemv_kernel[(programs,)](
             *operands, columns, eps, norm_offset,
-            K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, **options,
+            K=width, TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+            EARLY=_early(tiling, weight, 1), **options,
         )  # fmt: skip
         return out
     block_m = padded(tokens)
@@ -139,17 +139,19 @@ def skinny_linear(
     dot_kernel[(programs, split)](
         *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
         K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
-        PREFETCH=_prefetched(tiling, width, split) if pdl else 0, WIDE=gpu.interpreted(),
-        num_stages=tiling.stages, **options,
+        EARLY=_early(tiling, weight, split), WIDE=gpu.interpreted(), num_stages=tiling.stages,
+        **options,
     )  # fmt: skip
     return out
 
 
-def _prefetched(tiling: Tiling, width: int, split: int) -> int:
-    """Bytes of a weight row that a program asks for early: its first stages, all inside the row."""
-    if width % (tiling.block_k * split):
+def _early(tiling: Tiling, weight: torch.Tensor, split: int) -> int:
+    """Bytes of a weight row to ask for early: none past its part's end, nor past the row's."""
+    width = weight.shape[1]
+    uneven = split > 1 and width % (tiling.block_k * split)
+    if not gpu.overlaps_launches() or uneven or weight.data_ptr() % 16:
         return 0
-    return 2 * min(tiling.block_k * tiling.stages, width // split)
+    return min(tiling.early, 2 * width // split)
 
 
 def _arrivals(device: torch.device) -> torch.Tensor:

@@ -211,12 +211,16 @@ def _without_write(node: fx.Node, target: OpOverload) -> Callable[[], None]:
 def _owns_its_memory(node: fx.Node, written: fx.Node | None = None) -> bool:
     """Whether what a node returns shares no memory with what it was given.
 
-    A write before (`written`: the one looked at now) counts as such a node: it is made one.
+    A write before counts as such a node, because it is made one, unless `written` is given: then
+    it is another write to what that node writes to.
     """
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _owns_its_memory(node.args[0], written)
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return False
-    if target._schema.is_mutable:
-        # Another name of what was written to would have to see this write as well.
-        return written is None and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
-    return not _may_alias(target)
+    if not target._schema.is_mutable:
+        return not _may_alias(target)
+    # Another name of what was written to would have to see this write as well.
+    source = node.args[0]
+    return written is None and isinstance(source, fx.Node) and len(source.users) == 1

@@ -83,12 +83,10 @@ def _is_matrix_product(node: fx.Node) -> bool:
 
 def _begin(program: Program, linear: fx.Node) -> dict[str, Any]:
     """Arguments for the norm before a linear; rows are chosen before it from here on."""
-    source = linear.args[0]
-    choice = source if _chooses_rows(source) else None
-    norm = choice.args[0] if choice is not None else source
-    if not is_call(norm, rms_norm.overload) or any(
-        len(node.users) != 1 for node in (norm, choice) if node is not None
-    ):
+    source: Any = linear.args[0]
+    choice: Any = source if _chooses_rows(source) else None
+    norm: Any = source if choice is None else choice.args[0]
+    if not is_call(norm, rms_norm.overload) or any(len(n.users) > 1 for n in (norm, source)):
         return {}
     form = rms_norm.bind(norm.args, norm.kwargs)
     x = form.pop("x")
@@ -96,8 +94,7 @@ def _begin(program: Program, linear: fx.Node) -> dict[str, Any]:
         # A weight in float32 makes a result in float32.
         return {}
     if choice is not None:
-        arguments = (x, *choice.args[1:])
-        x = program.call(choice.target, *arguments, before=linear, like=choice)  # type: ignore[arg-type]
+        x = program.call(choice.target, x, *choice.args[1:], before=linear, like=choice)
     return {
         "x": x,
         "norm": True,

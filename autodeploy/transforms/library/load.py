@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..memory_pages import return_unused_blocks
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
@@ -45,3 +46,4 @@ class Load(Transform):
 
     def finish(self, program: Program) -> None:
         del program.options["weight_readers"]
+        return_unused_blocks(program.contract.device)

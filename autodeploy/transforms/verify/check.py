@@ -7,7 +7,7 @@ chunked prefill, decode and mixed batches are all in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,15 @@ from ..capture.positions import max_positions
 from ..capture.rope_lengths import length_rotaries, lengths_forgotten
 from ..program import Fact, Program
 from ..recipe import Step
+from .noise import MOST, rounding_noise
 from .rows import row_error
 
 LENGTHS = (11, 6)
 _PAGE_SIZE = 4
 _PART = 7
 _FOLLOWED = 43
+EXACT = (torch.float32, torch.float64)
+"""Dtypes in which rounding never hides a mistake."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Reference:
     logits: tuple[torch.Tensor, ...]
     implementation: str | None = None
     """The attention implementation they are of; None: the model's own choice."""
+    noise: float = 0.0
+    """Low precision: how far the logits move, of their range, if every operation rounds anew."""
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Largest error of a program that counts as rounding."""
+        return max(tolerance(dtype), min(MOST, 2 * self.noise))
 
 
 def reference_logits(
@@ -50,7 +59,11 @@ def reference_logits(
     implementation = causal_implementation(model, _sample(model, seed, [_longest(model)])[0])
     with plain_model(model, implementation):
         logits = tuple(_alone(model, i) for i in ids)
-    return Reference(ids, logits, implementation)
+        noise = 0.0
+        if next(model.parameters()).dtype not in EXACT:
+            with rounding_noise(model):
+                noise = _error([_alone(model, i) for i in ids], logits, exact=False)
+    return Reference(ids, logits, implementation, noise)
 
 
 def _settle(model: nn.Module, ids: torch.Tensor) -> None:
@@ -123,7 +136,16 @@ def _alone(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def tolerance(dtype: torch.dtype) -> float:
     """Largest difference of logits over their largest magnitude that counts as equal."""
-    return 1e-4 if dtype in (torch.float32, torch.float64) else 4e-2
+    return 1e-4 if dtype in EXACT else 4e-2
+
+
+def _error(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], exact: bool) -> float:
+    """Largest difference over the largest magnitude, over all positions, or the better part."""
+    pairs = zip(found, expected, strict=True)
+    errors = torch.cat(
+        [(a.float() - b).abs().amax(-1) / b.abs().max().clamp_min(1e-9) for a, b in pairs]
+    )
+    return float(errors.max() if exact else errors.quantile(2 / 3))
 
 
 @dataclass(frozen=True)
@@ -134,7 +156,7 @@ class SequenceCheck:
 
     def __call__(self, program: Program, step: Step) -> None:
         error = self.error(program)
-        limit = tolerance(program.contract.dtype)
+        limit = self.reference.limit(program.contract.dtype)
         if not error <= limit:
             raise VerificationError(
                 f"after step '{step.id}' logits differ from the plain model's by {error:.2e} of "
@@ -155,14 +177,14 @@ class SequenceCheck:
             raise CaptureError(
                 f"the exported graph fails for other lengths than it was made with: {text}"
             ) from failure
-        if not error <= tolerance(program.contract.dtype):
+        if not error <= self.reference.limit(program.contract.dtype):
             raise CaptureError(
                 f"packed sequences differ from the model run on each alone by {error:.2e} of "
                 "their range: something mixes tokens, or places them, outside of every hook"
             )
         inputs = _packed_inputs(program, self.reference.token_ids)
         error = row_error(program, inputs)
-        if not error <= tolerance(program.contract.dtype):
+        if not error <= self.reference.limit(program.contract.dtype):
             raise CaptureError(
                 f"the last tokens of each sequence, run without the earlier ones, differ by "
                 f"{error:.2e} of their range: something outside of attention depends on how many "
@@ -176,12 +198,8 @@ class SequenceCheck:
         tokens may fall the other way by rounding alone, which a wrong mask or position, being
         wrong nearly everywhere, cannot hide behind.
         """
-        pairs = zip(self.logits(program), self.reference.logits, strict=True)
-        errors = torch.cat(
-            [(a.float() - b).abs().amax(-1) / b.abs().max().clamp_min(1e-9) for a, b in pairs]
-        )
-        exact = program.contract.dtype in (torch.float32, torch.float64)
-        return float(errors.max() if exact else errors.quantile(2 / 3))
+        exact = program.contract.dtype in EXACT
+        return _error(self.logits(program), self.reference.logits, exact)
 
     @torch.no_grad()
     def logits(self, program: Program) -> list[torch.Tensor]:
