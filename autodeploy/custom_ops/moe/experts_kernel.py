@@ -91,10 +91,10 @@ def block_product_kernel(
 ):
     """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
 
-    x [.., WIDTH], with width as a number; out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
-    its strides. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs` where there is
-    none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose rows fill a tensor
-    core's 64 better than a few tokens do.
+    x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
+    its strides; width is WIDTH. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs`
+    where there is none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose
+    rows fill a tensor core's 64 better than a few tokens do.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
