@@ -144,8 +144,9 @@ class _Product:
             "PDL": gpu.overlaps_launches(),
         }  # fmt: skip
         self.form: dict[str, Any] = {
-            "GATED": gated, "INTERLEAVED": interleaved, "ACTIVATION": activation, "LIMIT": limit,
-            "ALPHA": alpha, **self.plain,
+            "GATED": gated, "INTERLEAVED": interleaved,
+            "PAIRED": interleaved or self.strides[2] == 1, "ACTIVATION": activation,
+            "LIMIT": limit, "ALPHA": alpha, **self.plain,
         }  # fmt: skip
 
     def depth(self, wanted: int) -> int:
@@ -233,8 +234,8 @@ def _block_product(
     grid = order.max_blocks * -(-product.columns // tile.columns)
     block_product_kernel[(grid,)](
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
-        out.shape[0], x.stride(0), *product.strides, **product.form, CHOICES=choices,
-        BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=product.depth(tile.depth),
-        GROUP=tile.group, SWAP=tile.swap, INTERPRETED=gpu.interpreted(), num_warps=tile.warps,
-        num_stages=tile.stages, **options,
+        out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
+        CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns,
+        BLOCK_K=product.depth(tile.depth), GROUP=tile.group, SWAP=tile.swap,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip

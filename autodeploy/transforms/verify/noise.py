@@ -28,9 +28,7 @@ def rounding_noise(model: nn.Module, seed: int = 1) -> Iterator[None]:
             return output
         if output.device not in generators:
             generators[output.device] = torch.Generator(output.device).manual_seed(seed)
-        noise = torch.randn(
-            output.shape, generator=generators[output.device], device=output.device
-        )
+        noise = torch.randn(output.shape, generator=generators[output.device], device=output.device)
         scale = torch.finfo(output.dtype).eps / 2
         return (output.float() * (1 + scale * noise)).to(output.dtype)
 
