@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..norm import rms_norm
+from ..norm.rms_norm import rms_norm
 from ..op import register_op
-from ..rope import rope
+from ..rope.rope import rope
 from .paged_attention import paged_attention
 
 
