@@ -123,7 +123,9 @@ def bounded(
     stages = max(1, min(tiling.stages, SHARED_BYTES // stage))
     programs = -(-columns // tiling.block_n)
     split = 1
-    while programs * split * 2 <= 3 * multiprocessors // 2 and width >= split * 2 * block_k * stages:
+    while (
+        programs * split * 2 <= 3 * multiprocessors // 2 and width >= split * 2 * block_k * stages
+    ):
         split *= 2
     warps = 8 if tiling.block_n * padded(tokens) * (2 if gated else 1) > 64 * 128 else 4
     early = 2 * block_k * stages
