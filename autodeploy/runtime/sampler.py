@@ -12,12 +12,15 @@ token in any batch, at any row, before and after preemption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.sampling import argmax_rows
 
 from .logits import LogitRules, apply_rules
 from .logprobs import token_logprobs
@@ -41,6 +44,8 @@ ROW = np.dtype(
 COLDEST, HOTTEST = 1e-30, 1e30
 """Bounds of a temperature above 0, within which float32 logits stay finite."""
 
+NO_NUMBERS = "the model's logits are NaN, +inf or all -inf; look for overflow in its computation"
+
 CHUNK_BYTES = 2**22
 """float32 weights handled at once on CPU; 64 rows of 128k, temperature 0.7, top-k 20, top-p 0.8,
 one core: 16 ms with 4 MiB, 64 ms with all rows at once (memory touched for the first time)."""
@@ -61,14 +66,38 @@ class SampleResult:
 
 
 class Sampling:
-    """Tokens on their way to the host."""
+    """Tokens of a step on their way to the host.
 
-    def __init__(self, result: SampleResult, device: torch.device) -> None:
+    tokens: [S] int64 on the device of the logits, for whatever runs after on its stream; -1 where
+    nothing could be sampled.
+    """
+
+    def __init__(self, tokens: Tensor, result: Callable[[], SampleResult]) -> None:
+        self.tokens = tokens
         self._result = result
-        self.tokens = torch.from_numpy(result.token_ids).to(device)
 
     def result(self) -> SampleResult:
-        return self._result
+        """What was sampled; waits for the device. To be called once."""
+        return self._result()
+
+
+class _Landing:
+    """Pinned memory that token ids are copied to, and the moment they are there."""
+
+    def __init__(self) -> None:
+        self._host = torch.empty(0, dtype=torch.int64)
+        self._arrived = torch.cuda.Event()
+
+    def send(self, tokens: Tensor) -> None:
+        if len(self._host) < len(tokens):
+            self._host = torch.empty(2 * len(tokens), dtype=torch.int64, pin_memory=True)
+        self._host[: len(tokens)].copy_(tokens, non_blocking=True)
+        self._arrived.record()
+
+    def wait(self, count: int) -> np.ndarray:
+        """The first `count` token ids sent last."""
+        self._arrived.synchronize()
+        return self._host[:count].numpy().copy()
 
 
 class Sampler:
@@ -83,6 +112,8 @@ class Sampler:
         self.vocab_size = vocab_size
         self._table = np.zeros(max_num_seqs, dtype=ROW)
         self._rules: dict[int, LogitRules] = {}
+        self._argmax: Callable[[Tensor], Tensor] | None = None
+        self._landings: list[_Landing] = []
 
     def add(self, row: int, request: EngineRequest) -> None:
         """Give `row` to a request that has no output yet.
@@ -161,8 +192,36 @@ class Sampler:
             reasons={int(index[at]): _reason(logits[at], bool(table["ruled"][at])) for at in bad},
         )
 
+    @torch.inference_mode()
     def launch(self, logits: Tensor, rows: np.ndarray) -> Sampling:
-        return Sampling(self.sample(logits, rows), logits.device)
+        """As `sample`, without waiting for the device where rows ask for nothing but the best.
+
+        Rows with a temperature, rules or logprobs make it wait for the logits: their result is
+        worked out on the host's side of the step.
+        """
+        if logits.device.type == "cuda":
+            table = self._entries(logits, rows)
+            plain = (table["temperature"] == 0.0) & ~table["ruled"] & (table["logprobs"] < 0)
+            if plain.all():
+                return self._launch_argmax(logits, rows)
+        result = self.sample(logits, rows)
+        tokens = torch.from_numpy(result.token_ids).to(logits.device)
+        return Sampling(tokens, lambda: result)
+
+    def _launch_argmax(self, logits: Tensor, rows: np.ndarray) -> Sampling:
+        self._argmax = self._argmax or argmax_rows.choose(Choice(logits.device, {})).function
+        tokens: Tensor = self._argmax(logits)
+        # In turn: one step's tokens may still be on their way when the next's are launched.
+        self._landings.append(self._landings.pop(0) if len(self._landings) > 1 else _Landing())
+        landing = self._landings[-1]
+        landing.send(tokens)
+
+        def result() -> SampleResult:
+            token_ids = landing.wait(len(rows))
+            bad = rows[token_ids < 0].tolist() if token_ids.min(initial=0) < 0 else []
+            return SampleResult(token_ids, [None] * len(rows), bad, dict.fromkeys(bad, NO_NUMBERS))
+
+        return Sampling(tokens, result)
 
     @torch.inference_mode()
     def distribution(self, logits: Tensor, rows: Sequence[int] | np.ndarray) -> Tensor:
@@ -304,4 +363,4 @@ def _reason(logits: Tensor, ruled: bool) -> str:
             "every token is forbidden: allowed_token_ids, bad words and min_tokens leave none; "
             "relax one of them"
         )
-    return "the model's logits are NaN, +inf or all -inf; look for overflow in its computation"
+    return NO_NUMBERS
