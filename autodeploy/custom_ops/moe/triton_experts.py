@@ -57,14 +57,14 @@ class Tiles:
 
 
 # While more than EXPERTS_PER_PAIR experts share a pair, two pairs seldom have the same one.
-EXPERTS_PER_PAIR = 8
-ROW_UP, ROW_DOWN = RowTile(8, 256, 4, 4), RowTile(8, 256, 4, 4)
+EXPERTS_PER_PAIR = 4
+ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), RowTile(8, 512, 4, 3)
 TILES = (
-    Tiles(8, 16, BlockTile(32, 128, 4, 4), BlockTile(64, 128, 4, 4)),
-    Tiles(24, 32, BlockTile(64, 128, 4, 4), BlockTile(128, 128, 4, 4)),
-    Tiles(64, 64, BlockTile(64, 64, 4, 4, 4), BlockTile(128, 64, 4, 4, 4)),
-    Tiles(float("inf"), 128, BlockTile(64, 64, 8, 4, 8), BlockTile(128, 64, 8, 4, 8)),
-)  # fmt: skip
+    Tiles(8, 16, BlockTile(64, 128, 4, 3, 1, True), BlockTile(128, 128, 4, 3, 1, True)),
+    Tiles(24, 32, BlockTile(64, 128, 4, 3), BlockTile(128, 128, 4, 3)),
+    Tiles(64, 64, BlockTile(128, 64, 4, 3, 4), BlockTile(256, 64, 8, 3, 4)),
+    Tiles(float("inf"), 128, BlockTile(128, 64, 8, 4, 8), BlockTile(256, 64, 8, 4, 8)),
+)
 """Untransposed weights; a gated product's tile has twice `columns` rows of weights."""
 
 
