@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import EngineError
 from ..llm import LLM
-from ..runtime.messages import EngineEvent, TokenOutput
+from ..runtime.messages import EngineEvent, TokenBatch, TokenOutput
 from ..runtime.sampling_params import SamplingParams
 from ..transforms.cost import floor_seconds
 from .profile import StepProfile
@@ -62,16 +62,26 @@ class Recorder:
     def poll(self, timeout: float) -> list[EngineEvent]:
         events: list[EngineEvent] = self._executor.poll(timeout)
         now = time.perf_counter()
-        outputs = [e for e in events if isinstance(e, TokenOutput)]
-        if outputs and not self._over:
-            self._begun.update(o.request_id for o in outputs)
-            self._tokens += sum(len(o.token_ids) for o in outputs)
-            self._over = any(o.finish_reason is not None for o in outputs)
-            if len(self._begun) == self._batch:
-                self._span.append((now, self._tokens))
-                if self._on_step is not None:
-                    self._on_step()
+        if not self._over and self._count(events) and len(self._begun) == self._batch:
+            self._span.append((now, self._tokens))
+            if self._on_step is not None:
+                self._on_step()
         return events
+
+    def _count(self, events: list[EngineEvent]) -> bool:
+        """Notes who has begun and whether one has ended; returns whether tokens came."""
+        before = self._tokens
+        for event in events:
+            if not isinstance(event, (TokenOutput, TokenBatch)):
+                continue
+            self._tokens += len(event.token_ids)
+            if isinstance(event, TokenOutput):
+                self._begun.add(event.request_id)
+                self._over = self._over or event.finish_reason is not None
+            elif len(self._begun) < self._batch:
+                # Only until all have begun: it would cost as much as the step's own front does.
+                self._begun.update(event.request_ids)
+        return self._tokens > before
 
     def steady(self, prompt: int) -> Steady:
         """The span, for prompts of `prompt` tokens.

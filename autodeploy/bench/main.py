@@ -124,6 +124,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def run_kinds(args: argparse.Namespace) -> int:
     """Deploys once, measures every kind asked for, prints a table; writes JSON if asked."""
+    import msgspec
     import torch
 
     from .memory import memory_report
@@ -145,6 +146,8 @@ def run_kinds(args: argparse.Namespace) -> int:
             print(_heading(target, llm, ready, roof), file=sys.stderr)
             for kind in [kind for kind in KINDS[:-1] if kind in args.kinds]:
                 rows.extend(_measure(kind, args, llm, roof, work))
+            # Among them how often a CUDA graph was missed.
+            report["stats"] = msgspec.to_builtins(llm.stats)
             report["memory_bytes"] = memory_report(llm)
             if "serve" in args.kinds:
                 rows.extend(_measure("serve", args, llm, roof, work))
@@ -168,7 +171,14 @@ def _measure(
     if kind == "latency":
         profile = None if args.profile is None else StepProfile(args.profile)
         yield from latency.measure(
-            llm, roof, args.batch, args.kv, args.steps, _budget(args), args.repeat or 3, profile
+            llm,
+            roof,
+            args.batch,
+            args.kv,
+            args.steps,
+            _budget(args, llm),
+            args.repeat or 3,
+            profile,
         )
     elif kind == "prefill":
         requests, length = args.prefill
@@ -253,10 +263,11 @@ def _most(args: argparse.Namespace) -> int:
     return int(args.max_num_seqs or DeployConfig.max_num_seqs)
 
 
-def _budget(args: argparse.Namespace) -> int:
-    from ..config import DeployConfig
+def _budget(args: argparse.Namespace, llm: LLM) -> int:
+    from ..build import TOKENS_PER_STEP, TOKENS_PER_STEP_ELSEWHERE
 
-    return int(args.max_num_batched_tokens or DeployConfig.max_num_batched_tokens)
+    kind = llm.summary.get("device", "cpu").split(":")[0]
+    return int(args.max_num_batched_tokens or TOKENS_PER_STEP.get(kind, TOKENS_PER_STEP_ELSEWHERE))
 
 
 def _refuse(args: argparse.Namespace) -> None:

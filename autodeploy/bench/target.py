@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checkpoint import load_model
 from ..cli.options import deploy_options
-from ..config import DeployConfig
 from ..deployment import deploy
 from ..llm import LLM
 from .shapes import dummy_checkpoint
@@ -50,35 +48,17 @@ class Target:
         """The model, ready to serve."""
         if self.model is not None:
             return deploy(self.model, **self.options)
-        if "load_format" in {field.name for field in dataclasses.fields(DeployConfig)}:
-            return deploy(dummy_checkpoint(self.dummy), load_format="dummy", **self.options)
-        return deploy(self.live_model(), **self._for_live_model())
+        return deploy(dummy_checkpoint(self.dummy), **{**self.options, "load_format": "dummy"})
 
     def live_model(self) -> nn.Module:
         """The plain model on its device, as transformers makes it."""
-        dtype = self.options.get("dtype", "auto")
-        device = self.options.get("device", "auto")
-        if self.model is not None:
-            trusted = bool(self.options.get("trust_remote_code"))
-            return load_model(self.model, dtype, device, trusted)
-        return random_model(dummy_checkpoint(self.dummy), dtype, device, self.seed)
-
-    def _for_live_model(self) -> dict[str, Any]:
-        return {k: v for k, v in self.options.items() if k not in ("dtype", "device")}
-
-
-def random_model(folder: Path, dtype: str, device: str, seed: int) -> nn.Module:
-    """A model of a config with transformers' own random weights, made on its device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    stated = getattr(config, "dtype", None) or torch.float32
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(seed)
-    with torch.device(device):
-        kind = stated if dtype == "auto" else getattr(torch, dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+        return load_model(
+            self.model or dummy_checkpoint(self.dummy),
+            self.options.get("dtype", "auto"),
+            self.options.get("device", "auto"),
+            bool(self.options.get("trust_remote_code")),
+            "auto" if self.model else "dummy",
+        )
 
 
 @contextmanager

@@ -80,6 +80,14 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None,
         help="reuse pages between requests that start alike (default: yes)",
     )  # fmt: skip
+    group.add_argument("--enforce-eager", action="store_true", default=None,
+                       help="no CUDA graphs: every kernel is launched by itself")  # fmt: skip
+    group.add_argument("--cuda-graph-sizes", type=int, nargs="+", metavar="N",
+                       help="numbers of decoding requests to capture graphs for")  # fmt: skip
+    group.add_argument(
+        "--async-scheduling", action=argparse.BooleanOptionalAction, default=None,
+        help="plan a step while the one before runs (default: on a GPU)",
+    )  # fmt: skip
     group.add_argument("--executor", choices=("inprocess", "process"), help="where the engine runs")
     group.add_argument("--trust-remote-code", action="store_true", default=None,
                        help="run code that the checkpoint brings along")  # fmt: skip
@@ -91,7 +99,8 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
 _DEPLOY = (
     "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
-    "enable_prefix_caching", "executor", "trust_remote_code", "verify", "dump_graphs",
+    "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "async_scheduling", "executor",
+    "trust_remote_code", "verify", "dump_graphs",
 )  # fmt: skip
 
 

@@ -87,6 +87,9 @@ def measure_activation_bytes(runner: ModelRunner, config: SchedulerConfig) -> in
     Runs the model on as many tokens as a step can have, over caches of two pages: what the
     tokens are does not matter, and pages are written over and over. On the CPU, where nobody
     counts, only what follows from shapes: the sampler's part.
+
+    Raises:
+        OutOfMemoryError: the step does not fit, even without caches.
     """
     contract = runner.contract
     rows = config.max_num_seqs + PROMPT_LOGPROB_ROWS
@@ -103,8 +106,14 @@ def measure_activation_bytes(runner: ModelRunner, config: SchedulerConfig) -> in
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(contract.device)
     torch.cuda.reset_peak_memory_stats(contract.device)
-    runner.forward(inputs)
-    torch.cuda.synchronize(contract.device)
+    try:
+        runner.forward(inputs)
+        torch.cuda.synchronize(contract.device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a step of {inputs['input_ids'].shape[1]} tokens does not fit beside the weights: "
+            f"{str(error).splitlines()[0]}; lower max_num_batched_tokens"
+        ) from error
     # Reserved, not allocated: blocks are larger than what lies in them.
     forward = torch.cuda.max_memory_reserved(contract.device) - before
     # A step samples after its forward, in the memory that this has left, beside its logits.

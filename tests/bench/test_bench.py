@@ -46,8 +46,9 @@ def test_all_kinds_share_one_deployment(tiny, tmp_path, capsys):
     report, trace = tmp_path / "report.json", tmp_path / "trace.json"
     kinds = ["latency", "prefill", "throughput", "serve"]
     assert main([
-        "bench", "all", "--dummy", tiny, "--kinds", *kinds, "--batch", "1", "4", "--kv", "24",
-        "--steps", "24", "--prefill", "3x20", "--requests", "4", "--prompt", "4:8",
+        "bench", "all", "--dummy", tiny, "--dtype", "float32", "--kinds", *kinds,
+        "--batch", "1", "4", "--kv", "24", "--steps", "24", "--prefill", "3x20",
+        "--requests", "4", "--prompt", "4:8",
         "--output", "2:6", "--against", "generate", "--rate", "100", "--repeat", "2",
         "--json", str(report), "--profile", str(trace),
     ]) == 0  # fmt: skip

@@ -12,6 +12,10 @@ from autodeploy.custom_ops.linear import fused_linear, skinny_config, triton_lin
 from autodeploy.custom_ops.linear.skinny_config import Measured, Tiling, tiling_of
 from autodeploy.custom_ops.op import Choice
 
+pytestmark = pytest.mark.skipif(
+    not gpu.has_triton() or not (gpu.interpreted() or torch.cuda.is_available()),
+    reason="no triton",
+)
 DTYPES = [torch.bfloat16, torch.float16]
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
 FORMS = {

@@ -4,6 +4,8 @@ The interpreter cuts numbers off where a GPU rounds them to bfloat16, so that he
 whether the roundings are in the right places.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -28,14 +30,14 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return made.to(DEVICE, dtype)
 
 
+def choose(op, *args):
+    with gpu.interpreted_kernels() if DEVICE == "cpu" else nullcontext():
+        return op.choose(Choice(torch.device(DEVICE), op.bind(args, {})))
+
+
 def kernel(op, *args):
     """The Triton implementation; it must be the one that is chosen."""
-    choice = Choice(torch.device(DEVICE), op.bind(args, {}))
-    if DEVICE == "cuda":
-        chosen = op.choose(choice)
-    else:
-        with gpu.interpreted_kernels():
-            chosen = op.choose(choice)
+    chosen = choose(op, *args)
     assert chosen.name == "triton"
     assert chosen.capturable
     return chosen.function
@@ -120,9 +122,7 @@ def test_a_residual_may_have_gaps_of_its_own():
 def test_residuals_that_broadcast_or_differ_in_dtype_are_left_to_the_reference():
     x, weight = normal(1, 6, 32), normal(32)
     for residual in (normal(1, 1, 32), normal(1, 6, 32, dtype=torch.bfloat16)):
-        choice = Choice(torch.device(DEVICE), add_rms_norm.bind((x, residual, weight, 1e-5), {}))
-        with gpu.interpreted_kernels():
-            assert add_rms_norm.choose(choice).name == "reference"
+        assert choose(add_rms_norm, x, residual, weight, 1e-5).name == "reference"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

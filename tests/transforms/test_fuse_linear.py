@@ -7,7 +7,8 @@ from tiny_models import tiny_model
 from torch import nn
 
 from autodeploy.custom_ops import gpu
-from autodeploy.custom_ops.linear import fused_linear
+from autodeploy.custom_ops.linear import fused_linear, skinny_config
+from autodeploy.custom_ops.linear.skinny_config import Measured, Tiling, tiling_of
 from autodeploy.transforms.capture.export import capture
 from autodeploy.transforms.pipeline import run_recipe, run_step
 from autodeploy.transforms.recipe import Step, load_recipe
@@ -141,3 +142,28 @@ def test_a_served_model_keeps_its_logits(kind):
     run_recipe(program, load_recipe("default", {"fuse_linear": {"devices": ["cpu"]}}), check=check)
     assert not any("fused_linear" in name for name in program.contract.eager)
     assert sum(n.meta.get("op") == "fused_linear" for n in program.graph.nodes) == 5
+
+
+@pytest.mark.skipif(not gpu.interpreted(), reason="kernels run on the device")
+def test_kernels_in_half_precision_give_the_models_logits(monkeypatch):
+    # Few and large tiles: the interpreter is slow.
+    tilings = (
+        Measured((1, 2), (1, 999), (1, 999), Tiling("gemv", block_n=128, block_k=128)),
+        Measured((3, 128), (1, 999), (1, 999), Tiling("dot", block_n=128, block_k=64)),
+    )
+    monkeypatch.setattr(skinny_config, "MEASURED", tilings)
+    tiling_of.cache_clear()
+    model = tiny_model("llama", num_hidden_layers=1).half()
+    whole = SequenceCheck(reference_logits(model))
+    program = capture(model)
+    recipe = load_recipe("default", {"fuse_linear": {"devices": ["cpu"]}})
+
+    def check(program, step):
+        if step.id == "load":
+            whole(program, step)
+
+    with gpu.interpreted_kernels():
+        run_recipe(program, recipe, check=check)
+    tiling_of.cache_clear()
+    fused = [n for n in program.graph.nodes if n.meta.get("op") == "fused_linear"]
+    assert {n.meta["implementation"] for n in fused} == {"triton"}

@@ -297,7 +297,8 @@ def write_pages(
     )  # fmt: skip
 
 
-def _applies(choice: Choice) -> bool:
+def applies(choice: Choice) -> bool:
+    """Whether keys and values are written and attended to here, for ops with these arguments."""
     args = choice.args
     dtypes = {args[name].dtype for name in ("q", "k", "v", "k_cache", "v_cache")}
     group = args["q"].shape[1] // args["k"].shape[1]
@@ -317,7 +318,7 @@ def _applies(choice: Choice) -> bool:
     )
 
 
-@paged_attention.implement("triton", when=_applies, priority=10, capturable=True)
+@paged_attention.implement("triton", when=applies, priority=10, capturable=True)
 def triton_paged(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -60,7 +60,8 @@ def fused_linear_rows(
     shape = (*x.shape[:-1], rows // 2 if gated else rows)
     if tokens == 0:
         return x.new_empty(shape)
-    tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors())
+    ends = bool(activation) or residual is not None
+    tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors(), ends, norm)
     # In float16, x times the norm's weight may leave the range that a normed row stays in.
     apart = tiling.kernel == "cublas" or (
         tiling.kernel == "dot" and (not tiling.norms or x.dtype is torch.float16)

@@ -30,21 +30,27 @@ def gated(
 @triton.jit
 def weight_rows(
     start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Rows of an expert's weight for BLOCK columns of the result from `start`, and which exist.
 
-    GATED: 2 * BLOCK rows, ordered as the weight itself is: pairs of a gate and its other half if
-    INTERLEAVED, all gates and then all other halves if not.
+    GATED: 2 * BLOCK rows. PAIRED: each gate is followed by its other half, wherever that is in the
+    weight; then one thread holds both results. If not, all gates come before all other halves:
+    for a weight whose rows are next to each other in memory and not INTERLEAVED.
     """
-    if GATED and INTERLEAVED:
-        row = 2 * start + tl.arange(0, 2 * BLOCK)
-        exists = row < 2 * COLUMNS
-    elif GATED:
+    if GATED:
         place = tl.arange(0, 2 * BLOCK)
-        column = start + place % BLOCK
-        row = (place // BLOCK) * COLUMNS + column
-        exists = column < COLUMNS
+        if INTERLEAVED:
+            row = 2 * start + place
+            exists = row < 2 * COLUMNS
+        elif PAIRED:
+            column = start + place // 2
+            row = place % 2 * COLUMNS + column
+            exists = column < COLUMNS
+        else:
+            column = start + place % BLOCK
+            row = place // BLOCK * COLUMNS + column
+            exists = column < COLUMNS
     else:
         row = start + tl.arange(0, BLOCK)
         exists = row < COLUMNS
@@ -61,6 +67,7 @@ def block_product_kernel(
     block_expert,
     block_count,
     pairs,
+    width,
     x_stride,
     w_expert,
     w_row,
@@ -70,6 +77,7 @@ def block_product_kernel(
     COLUMNS: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -79,15 +87,14 @@ def block_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
 
     x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
-    its strides. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs` where there is
-    none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose rows fill a tensor
-    core's 64 better than a few tokens do.
+    its strides; width is WIDTH. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs`
+    where there is none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose
+    rows fill a tensor core's 64 better than a few tokens do.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -109,7 +116,7 @@ def block_product_kernel(
     expert = tl.load(block_expert + block).to(tl.int64)
     # Rows of empty slots are computed of row 0 and never written: no mask in the loop.
     x_row = tl.where(taken, slot // CHOICES, 0).to(tl.int64)
-    row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED)
+    row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED, PAIRED)
     ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
     depth = tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0
@@ -123,7 +130,8 @@ def block_product_kernel(
         x_at = x + (x_row[:, None] * x_stride + depth[None, :])
         w_at = weight + (row[None, :] * w_row + depth[:, None] * w_column)
         total = tl.zeros([BLOCK_M, ROWS], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
+    # A bound that ptxas cannot see: it unrolls known ones, for up to 9 seconds a kernel.
+    for k in range(0, width, BLOCK_K):
         if EVEN:
             x_tile = tl.load(x_at)
             w_tile = tl.load(w_at)
@@ -135,9 +143,6 @@ def block_product_kernel(
             inside = k + depth < WIDTH
             x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
             w_tile = tl.load(w_at, mask=exists[None, :] & inside[:, None], other=0.0)
-        if INTERPRETED:
-            # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-            x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
         if SWAP:
             total = tl.dot(w_tile, x_tile, total, input_precision="ieee")
         else:
@@ -154,7 +159,7 @@ def block_product_kernel(
     narrow = out.dtype.element_ty
     if GATED:
         total = total.to(narrow).to(tl.float32)
-        if INTERLEAVED:
+        if PAIRED:
             gates, others = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N, 2)))
         else:
             halves = tl.reshape(total, (BLOCK_M, 2, BLOCK_N))

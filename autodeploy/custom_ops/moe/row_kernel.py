@@ -28,6 +28,7 @@ def row_up_kernel(
     COLUMNS: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -47,7 +48,7 @@ def row_up_kernel(
     if (expert < 0) | (expert >= EXPERTS):
         return
     start = tl.program_id(0) * BLOCK_N
-    row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED)
+    row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED, PAIRED)
     ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
     EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0
     x += (pair // CHOICES).to(tl.int64) * x_stride
@@ -71,7 +72,7 @@ def row_up_kernel(
     narrow = out.dtype.element_ty
     result = result.to(narrow).to(tl.float32)
     if GATED:
-        if INTERLEAVED:
+        if PAIRED:
             gates, others = tl.split(tl.reshape(result, (BLOCK_N, 2)))
         else:
             gates, others = tl.split(tl.trans(tl.reshape(result, (2, BLOCK_N))))

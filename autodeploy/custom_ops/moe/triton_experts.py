@@ -57,14 +57,14 @@ class Tiles:
 
 
 # While more than EXPERTS_PER_PAIR experts share a pair, two pairs seldom have the same one.
-EXPERTS_PER_PAIR = 8
-ROW_UP, ROW_DOWN = RowTile(8, 256, 4, 4), RowTile(8, 256, 4, 4)
+EXPERTS_PER_PAIR = 4
+ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), RowTile(8, 512, 4, 3)
 TILES = (
-    Tiles(8, 16, BlockTile(32, 128, 4, 4), BlockTile(64, 128, 4, 4)),
-    Tiles(24, 32, BlockTile(64, 128, 4, 4), BlockTile(128, 128, 4, 4)),
-    Tiles(64, 64, BlockTile(64, 64, 4, 4, 4), BlockTile(128, 64, 4, 4, 4)),
-    Tiles(float("inf"), 128, BlockTile(64, 64, 8, 4, 8), BlockTile(128, 64, 8, 4, 8)),
-)  # fmt: skip
+    Tiles(8, 16, BlockTile(64, 128, 4, 3, 1, True), BlockTile(128, 128, 4, 3, 1, True)),
+    Tiles(24, 32, BlockTile(64, 128, 4, 3), BlockTile(128, 128, 4, 3)),
+    Tiles(64, 64, BlockTile(128, 64, 4, 3, 4), BlockTile(256, 64, 8, 3, 4)),
+    Tiles(float("inf"), 128, BlockTile(128, 64, 8, 4, 8), BlockTile(256, 64, 8, 4, 8)),
+)
 """Untransposed weights; a gated product's tile has twice `columns` rows of weights."""
 
 
@@ -144,8 +144,9 @@ class _Product:
             "PDL": gpu.overlaps_launches(),
         }  # fmt: skip
         self.form: dict[str, Any] = {
-            "GATED": gated, "INTERLEAVED": interleaved, "ACTIVATION": activation, "LIMIT": limit,
-            "ALPHA": alpha, **self.plain,
+            "GATED": gated, "INTERLEAVED": interleaved,
+            "PAIRED": interleaved or self.strides[2] == 1, "ACTIVATION": activation,
+            "LIMIT": limit, "ALPHA": alpha, **self.plain,
         }  # fmt: skip
 
     def depth(self, wanted: int) -> int:
@@ -233,8 +234,8 @@ def _block_product(
     grid = order.max_blocks * -(-product.columns // tile.columns)
     block_product_kernel[(grid,)](
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
-        out.shape[0], x.stride(0), *product.strides, **product.form, CHOICES=choices,
-        BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=product.depth(tile.depth),
-        GROUP=tile.group, SWAP=tile.swap, INTERPRETED=gpu.interpreted(), num_warps=tile.warps,
-        num_stages=tile.stages, **options,
+        out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
+        CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns,
+        BLOCK_K=product.depth(tile.depth), GROUP=tile.group, SWAP=tile.swap,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip

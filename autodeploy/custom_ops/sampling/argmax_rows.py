@@ -7,7 +7,7 @@ import torch
 from ..op import register_op
 
 
-@register_op("argmax_rows(Tensor logits) -> Tensor", axes=None, capturable=True)
+@register_op("argmax_rows(Tensor logits) -> Tensor", axes="s v^ -> s", capturable=True)
 def argmax_rows(logits: torch.Tensor) -> torch.Tensor:
     """logits [S, V] of any float type -> [S] int64: the first of the largest.
 

@@ -20,9 +20,9 @@ def delta_step_kernel(
     q_stride, k_stride, v_stride, g_stride, beta_stride, slot_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    NORMALIZE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZE: tl.constexpr, MOST_TOKENS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head and BLOCK of its VALUES.
+    """One program per sequence of at most MOST_TOKENS, head and BLOCK of its VALUES.
 
     PER_CHANNEL: g has one decay per key channel, not one per head. FILL: there are as many rows as
     sequences; those past the last token become zeros.
@@ -39,13 +39,14 @@ def delta_step_kernel(
     held = key < KEYS
     mask = held[:, None] & inside[None, :]
     start, stop, has_past, slot = sequence_span(cu_q, kv_len, state_slot, sequence)
+    mine = (stop > start) & (stop - start <= MOST_TOKENS)
     place = state + slot * slot_stride + head * KEYS * VALUES
     place = place + key[:, None] * VALUES + channel[None, :]
-    kept = tl.load(place, mask=mask & has_past, other=0.0)
+    kept = tl.load(place, mask=mask & has_past & mine, other=0.0)
 
     group = head // (HEADS // GROUPS)
     column = head * VALUES + channel
-    token = start
+    token = tl.where(mine, start, stop)
     while token < stop:
         row = token.to(tl.int64)
         reads = tl.load(q + row * q_stride + group * KEYS + key, mask=held, other=0.0)
@@ -64,7 +65,7 @@ def delta_step_kernel(
         result = tl.sum(kept * reads[:, None], axis=0).to(out.dtype.element_ty)
         tl.store(out + row * (HEADS * VALUES) + column, result, mask=inside)
         token += 1
-    tl.store(place, kept, mask=mask & (stop > start))
+    tl.store(place, kept, mask=mask & mine)
     if FILL:
         past_end = sequence >= tl.load(cu_q + sequences)
         nothing = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)

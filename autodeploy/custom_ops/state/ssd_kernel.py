@@ -26,9 +26,9 @@ def ssd_step_kernel(
     x_stride, dt_stride, b_stride, c_stride, slot_stride, dt_min, dt_max,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, MOST_TOKENS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head and BLOCK of the head's WIDTH.
+    """One program per sequence of at most MOST_TOKENS, head and BLOCK of the head's WIDTH.
 
     FILL: there are as many rows as sequences; those past the last token become zeros.
     """
@@ -47,13 +47,14 @@ def ssd_step_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     start, stop, has_past, slot = sequence_span(cu_q, kv_len, state_slot, sequence)
+    mine = (stop > start) & (stop - start <= MOST_TOKENS)
     place = state + slot * slot_stride + head * WIDTH * STATE
     place = place + channel[:, None] * STATE + entry[None, :]
-    kept = tl.load(place, mask=mask & has_past, other=0.0)
+    kept = tl.load(place, mask=mask & has_past & mine, other=0.0)
 
     group = head // (HEADS // GROUPS)
     column = head * WIDTH + channel
-    token = start
+    token = tl.where(mine, start, stop)
     while token < stop:
         row = token.to(tl.int64)
         step = time_step(tl.load(dt + row * dt_stride + head), bias, dt_min, dt_max,
@@ -65,7 +66,7 @@ def ssd_step_kernel(
         result = tl.sum(kept * reads.to(tl.float32)[None, :], axis=1) + skip * value
         tl.store(out + row * (HEADS * WIDTH) + column, result, mask=inside)
         token += 1
-    tl.store(place, kept, mask=mask & (stop > start))
+    tl.store(place, kept, mask=mask & mine)
     if FILL:
         past_end = sequence >= tl.load(cu_q + sequences)
         nothing = tl.zeros([BLOCK], tl.float32)

@@ -12,6 +12,13 @@ from .ssd_scan import cached_ssd_scan
 
 # Numbers of the state that one program holds.
 _TILE = 4096
+# Sequences with more new tokens than this are scanned in blocks of tokens.
+_STEPS = 8
+_BLOCK_TOKENS = 64
+_BLOCK_WIDTH = 32
+_BLOCK_WARPS = 8
+# Largest state for which a block of tokens fits next to it.
+_BLOCK_STATE = 256
 
 
 def _applies(choice: Choice) -> bool:
@@ -41,6 +48,7 @@ def scan_heads(
     num_warps: int = 4,
 ) -> Tensor:
     """As `cached_ssd_scan`; N at most 1024."""
+    from .ssd_block_kernel import ssd_block_kernel
     from .ssd_kernel import ssd_step_kernel
 
     tokens, heads, width = x.shape
@@ -48,14 +56,29 @@ def scan_heads(
     x, dt, B, C = (whole_rows(tensor) for tensor in (x, dt, B, C))
     state = check_rows(ssm_state)
     out = new_output(x, (tokens, heads, width), torch.float32, sequences)
+    operands = (x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, state,
+                cu_q, kv_len, state_slot, out)  # fmt: skip
+    scalars = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), state.stride(0),
+               float(dt_min), float(dt_max))  # fmt: skip
     block_state = power_of_two(entries)
+    form = {
+        "HEADS": heads, "GROUPS": groups, "WIDTH": width, "STATE": entries, "HAS_D": D is not None,
+        "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus,
+    } | launch_options()  # fmt: skip
     block = min(power_of_two(width), max(1, tile // block_state))
+    # As many rows as sequences is decoding; a longer sequence among empty ones goes this way too.
+    decoding = tokens == sequences or block_state > _BLOCK_STATE
     ssd_step_kernel[(heads * -(-width // block), sequences)](
-        x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, state,
-        cu_q, kv_len, state_slot, out, sequences, x.stride(0), dt.stride(0), B.stride(0),
-        C.stride(0), state.stride(0), float(dt_min), float(dt_max), HEADS=heads, GROUPS=groups,
-        WIDTH=width, STATE=entries, BLOCK=block, BLOCK_STATE=block_state, HAS_D=D is not None,
-        HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, FILL=tokens == sequences,
-        num_warps=num_warps, **launch_options(),
+        *operands, sequences, *scalars, BLOCK=block, BLOCK_STATE=block_state,
+        MOST_TOKENS=1 << 30 if decoding else _STEPS, FILL=tokens == sequences,
+        num_warps=num_warps, **form,
     )  # fmt: skip
+    if not decoding:
+        block = min(_BLOCK_WIDTH, max(16, power_of_two(width)))
+        exact = x.dtype is torch.float32
+        ssd_block_kernel[(heads * -(-width // block), sequences)](
+            *operands, *scalars, BLOCK=block, BLOCK_STATE=max(16, block_state),
+            BLOCK_TOKENS=16 if exact else _BLOCK_TOKENS, LEAST_TOKENS=_STEPS + 1,
+            PRECISION="ieee" if exact else "tf32", num_warps=_BLOCK_WARPS, **form,
+        )  # fmt: skip
     return out

@@ -48,7 +48,7 @@ class FuseRouter(Transform):
         logits = softmax.args[0]
         assert isinstance(logits, fx.Node)
         if _widens(logits) and len(logits.users) == 1:
-            logits = logits.args[0]  # type: ignore[assignment]
+            logits = logits.args[0]
         values, indices = _parts(top)
         weights, normalize = _normalized(values)
         cast = _only_cast(weights)
@@ -78,14 +78,14 @@ def _is_top_of_softmax(top: fx.Node) -> bool:
         and isinstance(top.args[1], int)
         and softmax.meta["val"].dtype is torch.float32
         and softmax.args[0].meta["val"].dtype.is_floating_point  # type: ignore[union-attr]
-        and sorted(user.args[1] for user in top.users) == [0, 1]
+        and [user.args[1] for user in top.users] in ([0, 1], [1, 0])
     )
 
 
 def _parts(top: fx.Node) -> tuple[fx.Node, fx.Node]:
     """What `topk` returns: values and indices."""
-    values, indices = sorted(top.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
-    return values, indices
+    parts = {user.args[1]: user for user in top.users}
+    return parts[0], parts[1]
 
 
 def _normalized(values: fx.Node) -> tuple[fx.Node, bool]:

