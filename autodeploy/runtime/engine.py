@@ -55,6 +55,7 @@ from .request import RequestState
 from .runner import ModelRunner
 from .sampler import Sampler, Sampling
 from .scheduler import Scheduler, SchedulerConfig
+from .staging import send
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class EngineCore:
         self._step = self._make_step(config, caches.num_slots)
         self._overlaps = _overlaps(contract, runner, config)
         self._flight: _Flight | None = None
-        self._sampler = sampler or Sampler(contract.vocab_size, caches.num_slots)
+        self._sampler = sampler or self._make_sampler(caches.num_slots)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
         self._num_rows = 0
@@ -277,6 +278,16 @@ class EngineCore:
                 f"prompt is outside the vocabulary; use 0 to {self.vocab_size - 1}"
             )
 
+    def _make_sampler(self, num_slots: int) -> Sampler:
+        contract = self._runner.contract
+        sampler = Sampler(contract.vocab_size, num_slots)
+        if contract.device.type == "cuda":
+            # Its kernels are compiled now, not while the first request waits.
+            sampler.warm_up(
+                torch.zeros(1, contract.vocab_size, dtype=contract.dtype, device=contract.device)
+            )
+        return sampler
+
     def _make_step(self, config: EngineConfig, num_slots: int) -> Step:
         contract, tables = self._runner.contract, self._scheduler.tables
         if contract.device.type == "cpu" or self._runner.needs_requests:
@@ -336,7 +347,7 @@ class EngineCore:
             return
         assert logits is not None
         if len(plan.sampled_at) < len(logits):
-            logits = logits[torch.from_numpy(plan.sampled_at).to(logits.device)]
+            logits = logits.index_select(0, send(plan.sampled_at, logits.device))
         rows = plan.rows if plan.only_decodes else plan.rows[plan.samples]
         flight.sampling = self._sampler.launch(logits, rows)
         if self._overlaps:
