@@ -1,7 +1,8 @@
 """Staging: small arrays that reach the device together, in one copy that nobody waits for.
 
 The host side is pinned memory, several times over: what the host writes for one step is not
-overwritten while an earlier copy may still read it.
+overwritten while an earlier copy may still read it. Steps that sample nothing, the chunks of a
+long prompt, are not waited for anywhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 ALIGNMENT = 64
 """Bytes at which every array begins."""
 RING = 3
-"""Copies that may be under way: the engine prepares one step while at most one other runs."""
+"""Copies that may be under way; a step with tokens to hand out is prepared while one other runs,
+so only steps without any come to where `Staging.next` waits."""
 
 Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 
@@ -39,6 +41,7 @@ class Staging:
             torch.zeros(max(size, 1), dtype=torch.uint8, pin_memory=pinned) for _ in range(RING)
         ]
         self._device = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self._sent = [torch.cuda.Event() for _ in range(RING)] if pinned else []
         self._arrays = [
             {
                 name: host.numpy()[at : at + count].view(kind).reshape(shape)
@@ -54,13 +57,17 @@ class Staging:
         self._at = 0
 
     def next(self) -> dict[str, np.ndarray]:
-        """Host arrays to fill; what they hold is from an earlier round."""
+        """Host arrays to fill; what they hold is from an earlier round, and has been copied."""
         self._at = (self._at + 1) % RING
+        if self._sent:
+            self._sent[self._at].synchronize()
         return self._arrays[self._at]
 
     def send(self) -> None:
         """Copies what was filled last to the device, in the order of its stream."""
         self._device.copy_(self._hosts[self._at], non_blocking=True)
+        if self._sent:
+            self._sent[self._at].record()
 
 
 _TORCH = {

@@ -88,6 +88,19 @@ def test_what_is_sent_stays_at_its_address_and_is_not_overwritten_under_way():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_the_host_writes_waits_for_the_copy_of_what_was_there():
+    # As the chunks of a long prompt: nobody waits for steps that sample nothing.
+    staging = Staging({"x": ((4,), np.int64)}, torch.device("cuda"))
+    seen = []
+    for step in range(4 * RING):
+        torch.cuda._sleep(20_000_000)
+        staging.next()["x"][:] = step
+        staging.send()
+        seen.append(staging.tensors["x"].clone())
+    assert [x.tolist() for x in seen] == [[step] * 4 for step in range(4 * RING)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_reads_what_is_sent_later():
     device = torch.device("cuda")
     staging = Staging({"x": ((4,), np.int64)}, device)
