@@ -159,9 +159,15 @@ class Scheduler:
         if self._steady and self._follow(before):
             return plan
         plan.clear()
+        preemptions = self.preemptions
         self._fill()
         plan.seal()
-        self._steady = plan.only_decodes and len(plan) == len(self.running) > 0
+        # Nobody is admitted in a step that preempts: whoever waits is looked at in the next.
+        self._steady = (
+            plan.only_decodes
+            and len(plan) == len(self.running) > 0
+            and self.preemptions == preemptions
+        )
         return plan
 
     def advance(self, plan: StepPlan) -> None:
@@ -189,10 +195,14 @@ class Scheduler:
         plan, page_size = self._plan, self.config.page_size
         if not plan.follow(before):
             return False
+        slid = False
         for window in self.tables.windows:
             leaves = (plan.starts >= window) & ((plan.starts - window + 1) % page_size == 0)
             for at in np.flatnonzero(leaves).tolist():
                 self.tables.slide(int(plan.slots[at]), int(plan.starts[at]))
+                slid = True
+        if slid and self._num_waiting and self.slots.available:
+            return False  # the pages that came back may be what somebody waits for
         return self.tables.grow_by_one(plan.slots[plan.starts % page_size == 0].tolist())
 
     def _fill(self) -> None:

@@ -376,6 +376,16 @@ def test_prompt_logprob_rows_of_a_step_are_limited():
     assert harness.step() == {first: (PROMPT_LOGPROB_ROWS, PROMPT_LOGPROB_ROWS), second: (0, 1)}
 
 
+def test_pages_that_leave_a_window_admit_who_waits_for_them():
+    harness = Harness("window_8", num_pages=12, max_model_len=200, page_size=2)
+    first = harness.add(range(12), max_tokens=100)
+    second = harness.add(range(20, 32), max_tokens=100)
+    for _ in range(40):
+        harness.step()
+    assert first.computed > 40
+    assert second.computed > 0
+
+
 def test_a_window_lets_a_sequence_outgrow_its_pages():
     harness = Harness("window_5", num_pages=5)
     state = harness.add(range(40), max_tokens=20)
