@@ -320,3 +320,6 @@ def _write_input_ids(plan: StepPlan, out: np.ndarray) -> None:
     ):
         out[begin : begin + count] = request.tokens[start : start + count]
         begin += count
+        if request.unresolved and start + count == request.known:
+            # What stands for a token that only the device knows; see relay.TokenRelay.
+            out[begin - 1] = -1 - request.slot

@@ -53,7 +53,8 @@ from .messages import (
 )
 from .request import RequestState
 from .runner import ModelRunner
-from .sampler import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import SampleResult, Sampling
 from .scheduler import Scheduler, SchedulerConfig
 from .staging import send
 
@@ -358,57 +359,52 @@ class EngineCore:
 
     def _land(self, flight: _Flight) -> None:
         """Waits for a step and hands out its tokens."""
-        result = None if flight.sampling is None else flight.sampling.result()
-        if result is not None:
-            now = time.time()
-            for state, token_id, logprobs in zip(
-                flight.states, result.token_ids.tolist(), result.logprobs, strict=True
-            ):
-                if state.finished:
-                    continue  # ended while this step ran
-                if token_id < 0:
-                    reason = result.reasons.get(state.row, "its logits are not numbers")
-                    self._fail(state, reason)
-                elif state.plain and logprobs is None:
-                    self._accept_plain(state, token_id)
-                else:
-                    self._accept(state, token_id, logprobs, now)
+        if flight.sampling is not None:
+            self._hand_out(flight.states, flight.sampling.result())
         for state in flight.plan.requests:
             state.uses -= 1
             if state.finished and not state.uses:
                 self._release_row(state)
 
-    def _accept_plain(self, state: RequestState, token_id: int) -> None:
-        """One more output token of a request that has some: most tokens come this way."""
-        state.resolve(token_id)
-        self._sampler.append(state.row, token_id)
-        if token_id in state.stops or state.known >= state.limit:
-            output = TokenOutput(request_id=state.request_id, token_ids=[token_id])
-            self._end_if_over(state, output)
-            self._outputs.append(output)
-            return
-        self._stats.generated_tokens += 1
-        self._batch.request_ids.append(state.request_id)
-        self._batch.token_ids.append(token_id)
+    def _hand_out(self, states: list[RequestState], result: SampleResult) -> None:
+        """Gives each request its token: most of what the host does in a step of many."""
+        now = time.time()
+        request_ids, token_ids = self._batch.request_ids, self._batch.token_ids
+        for state, token_id, logprobs in zip(
+            states, result.token_ids.tolist(), result.logprobs, strict=True
+        ):
+            if state.finished:
+                continue  # ended while this step ran
+            if token_id < 0:
+                reason = result.reasons.get(state.row, "its logits are not numbers")
+                self._fail(state, reason)
+                continue
+            known = state.resolve(token_id)
+            self._sampler.append(state.row, token_id)
+            self._stats.generated_tokens += 1
+            if (
+                state.plain
+                and logprobs is None
+                and known < state.limit
+                and token_id not in state.stops
+            ):
+                request_ids.append(state.request_id)
+                token_ids.append(token_id)
+            else:
+                self._report(state, token_id, logprobs, now)
 
-    def _accept(
+    def _report(
         self, state: RequestState, token_id: int, logprobs: list[TokenLogprob] | None, now: float
     ) -> None:
-        """One more output token, which may be the first or the last."""
-        state.resolve(token_id)
-        self._sampler.append(state.row, token_id)
+        """One more output token, of which there is more to say: the first, say, or the last."""
         output = TokenOutput(request_id=state.request_id, token_ids=[token_id])
         if logprobs is not None:
             output.logprobs = [logprobs]
         if state.metrics.first_token_time is None:
             state.metrics.first_token_time = now
+            state.plain = state.lengths is None
             output.prompt_logprobs = state.prompt_logprobs
             output.metrics = msgspec.structs.replace(state.metrics)
-        self._end_if_over(state, output)
-        self._outputs.append(output)
-
-    def _end_if_over(self, state: RequestState, output: TokenOutput) -> None:
-        self._stats.generated_tokens += 1
         output.finish_reason, output.stop_reason = state.finish_reason()
         if output.finish_reason is not None:
             self._stats.finished += 1
@@ -417,6 +413,7 @@ class EngineCore:
         elif state.starts_again():
             self._scheduler.restart(state)
             self._runner.release(state.request_id)
+        self._outputs.append(output)
 
     def _take_outputs(self) -> list[EngineOutput]:
         outputs, self._outputs = self._outputs, []

@@ -27,20 +27,22 @@ class RequestState:
 
     __slots__ = (
         "_buffer",
-        "_lengths",
         "computed",
         "eos_token_ids",
         "finished",
         "hashes",
         "key",
         "known",
+        "lengths",
         "limit",
         "metrics",
         "min_known",
+        "plain",
         "prefilled",
         "prompt_logprobs",
         "prompt_tokens",
         "request",
+        "request_id",
         "row",
         "slot",
         "stop_token_ids",
@@ -59,6 +61,9 @@ class RequestState:
     ) -> None:
         params = request.params
         self.request = request
+        self.request_id = request.request_id
+        self.plain = False
+        """Whether its next token, unless it is the last, is all there is to report of it."""
         self.key = (request.priority, arrival)
         """Orders requests: smaller goes first, larger is preempted first."""
         self.row = row
@@ -66,7 +71,7 @@ class RequestState:
         """Its number among running requests; -1 while it waits."""
         self.finished = False
         self.prompt_tokens = self.known = len(request.prompt_token_ids)
-        self._lengths = lengths
+        self.lengths = lengths
         self.prefilled = self._count_prefilled()
         """Leading tokens whose keys are those of one prompt, however often they are computed."""
         self._buffer = np.array(request.prompt_token_ids, dtype=np.int64)
@@ -91,18 +96,9 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
     def tokens(self) -> np.ndarray:
         """All known tokens, [known] int64: a view, valid until the next `append`."""
         return self._buffer[: self.known]
-
-    @property
-    def plain(self) -> bool:
-        """Whether its next token, unless it is the last, is all there is to report of it."""
-        return self.metrics.first_token_time is not None and self._lengths is None
 
     @property
     def decided(self) -> bool:
@@ -135,7 +131,7 @@ class RequestState:
     @property
     def key_length(self) -> int:
         """What tells its keys from those of equal tokens in other requests; 1 if nothing does."""
-        return 1 if self._lengths is None else self._lengths.alike(self.prefilled)
+        return 1 if self.lengths is None else self.lengths.alike(self.prefilled)
 
     def append(self, token_id: int) -> None:
         """One more known token, not computed yet."""
@@ -148,19 +144,15 @@ class RequestState:
             grown = np.empty(min(self.limit, 2 * self.known + 16), dtype=np.int64)
             grown[: self.known] = self._buffer
             self._buffer = grown
-        self._buffer[self.known] = self._waiting_for
         self.known += 1
         self.unresolved = True
 
-    def resolve(self, token_id: int) -> None:
-        """Says which token the newest is."""
-        self._buffer[self.known - 1] = token_id
+    def resolve(self, token_id: int) -> int:
+        """Says which token the newest is; returns how many are known."""
+        known = self.known
+        self._buffer[known - 1] = token_id
         self.unresolved = False
-
-    @property
-    def _waiting_for(self) -> int:
-        """What stands in the buffer for an unresolved token (see `relay.TokenRelay`)."""
-        return -1 - self.slot
+        return known
 
     def starts_again(self) -> bool:
         """Whether the newest token makes all keys others than they were; True once."""
@@ -172,7 +164,7 @@ class RequestState:
 
     def _count_prefilled(self) -> int:
         first = self.request.prefilled or self.prompt_tokens
-        return first if self._lengths is None else self._lengths.prompt_tokens(first, self.known)
+        return first if self.lengths is None else self.lengths.prompt_tokens(first, self.known)
 
     def hash_pages(self, end: int, page_size: int) -> list[bytes]:
         """Hashes of at least the full pages among the first `end` tokens; each computed once."""
