@@ -80,13 +80,13 @@ def _load_queries(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "splits", "least", "window", "chunk"],
+    do_not_specialize=["table_stride", "sequences", "splits", "least", "window", "chunk"],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
 )
 def latent_decode_kernel(
     q_ptr, cache_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
     partial_ptr, stats_ptr, used_ptr,
-    q_token, q_head, c_page, c_slot, c_head, table_stride, splits, least,
+    q_token, q_head, c_page, c_slot, c_head, table_stride, sequences, splits, least,
     scale, unit, softcap, window, chunk,
     HKV: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_MAIN: tl.constexpr,
@@ -96,8 +96,8 @@ def latent_decode_kernel(
 ):  # fmt: skip
     """Grid (B * HKV * splits): one range of the keys of one sequence, for one group of heads.
 
-    Cut as by `decode_kernel` of paged attention, which see for MIXED. SPLIT: there can be more
-    than one range, which `latent_merge_kernel` adds up; `used` [B, HKV] says how many there are.
+    Cut as by `decode_kernel` of paged attention; see `_single_token` for MIXED. SPLIT: there can
+    be more than one range, which `latent_merge_kernel` adds up; `used` [B, HKV] says how many.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -105,62 +105,82 @@ def latent_decode_kernel(
     program = tl.program_id(0)
     split = program % splits
     kv_head = (program // splits) % HKV
-    sequence = program // (splits * HKV)
-    begin = tl.load(cu_q_ptr + sequence)
-    end = tl.load(cu_q_ptr + sequence + 1)
-    length = tl.load(kv_len_ptr + sequence)
-    table_ptr += tl.cast(sequence, tl.int64) * table_stride
-    cache_ptr += kv_head // PARTS * c_head
+    place = program // (splits * HKV)
+    token, sequence, left = _single_token(cu_q_ptr, place, sequences, MIXED)
+    if left:
+        return
+    position = tl.load(kv_len_ptr + sequence) - tl.load(cu_q_ptr + sequence + 1) + token
+    low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
+    blocks = tl.cdiv(position + 1 - low, BLOCK_N)
+    each = tl.maximum(tl.cdiv(blocks, splits), least)
+    used = tl.cdiv(blocks, each)
+    if split >= used:
+        return
     m = tl.arange(0, BLOCK_M)
     # Rows past the group repeat its last head and are not stored.
     head = kv_head * GROUP + tl.minimum(m, GROUP - 1)
-    dv = tl.arange(0, BLOCK_MAIN)
     slope = tl.zeros([BLOCK_M], tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
-    count = end - begin
-    if MIXED:
-        count = tl.where(count == 1, 1, 0)
-    for new in range(count):
-        token = begin + new
-        position = length - end + token
-        low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
-        blocks = tl.cdiv(position + 1 - low, BLOCK_N)
-        each = tl.maximum(tl.cdiv(blocks, splits), least)
-        used = tl.cdiv(blocks, each)
-        if split < used:
-            q_at = q_ptr + tl.cast(token, tl.int64) * q_token + head * q_head
-            q, q_rest = _load_queries(q_at, MAIN, REST, BLOCK_MAIN, BLOCK_REST)
-            query = tl.zeros([BLOCK_M], tl.int32) + position
-            start = low + split * each * BLOCK_N
-            stop = tl.minimum(start + each * BLOCK_N, position + 1)
-            acc, top, total = _attend_rows(
-                tl.zeros([BLOCK_M, BLOCK_MAIN], tl.float32),
-                tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32),
-                q, q_rest, query, query, slope, start, stop, position,
-                cache_ptr, table_ptr, c_page, c_slot, scale, unit, softcap, MAIN, REST, PAGE,
-                BLOCK_N, BLOCK_MAIN, BLOCK_REST, True, False, SOFTCAP, ALIBI, PRECISION,
-            )  # fmt: skip
-            kept = (m < GROUP)[:, None] & (dv < DV)[None, :]
-            if used == 1:
-                if SINKS:
-                    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-                    acc, total = add_sink(acc, top, total, sink)
-                row = (tl.cast(token, tl.int64) * HKV + kv_head) * GROUP + m
-                out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + row[:, None] * DV + dv[None, :], out, mask=kept)
-            if SPLIT:
-                place = token
-                if MIXED:
-                    place = sequence
-                place = place * HKV + kv_head
-                if split == 0:
-                    tl.store(used_ptr + place, used)
-                if used > 1:
-                    part = (place * splits + split) * GROUP + m
-                    tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
-                    tl.store(stats_ptr + part * 2, top, mask=m < GROUP)
-                    tl.store(stats_ptr + part * 2 + 1, total, mask=m < GROUP)
+    q_at = q_ptr + tl.cast(token, tl.int64) * q_token + head * q_head
+    q, q_rest = _load_queries(q_at, MAIN, REST, BLOCK_MAIN, BLOCK_REST)
+    query = tl.zeros([BLOCK_M], tl.int32) + position
+    start = low + split * each * BLOCK_N
+    stop = tl.minimum(start + each * BLOCK_N, position + 1)
+    acc, top, total = _attend_rows(
+        tl.zeros([BLOCK_M, BLOCK_MAIN], tl.float32),
+        tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32),
+        q, q_rest, query, query, slope, start, stop, position,
+        cache_ptr + kv_head // PARTS * c_head,
+        table_ptr + tl.cast(sequence, tl.int64) * table_stride, c_page, c_slot, scale, unit,
+        softcap, MAIN, REST, PAGE, BLOCK_N, BLOCK_MAIN, BLOCK_REST, True, False, SOFTCAP, ALIBI,
+        PRECISION,
+    )  # fmt: skip
+    dv = tl.arange(0, BLOCK_MAIN)
+    kept = (m < GROUP)[:, None] & (dv < DV)[None, :]
+    if used == 1:
+        if SINKS:
+            sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            acc, total = add_sink(acc, top, total, sink)
+        row = (tl.cast(token, tl.int64) * HKV + kv_head) * GROUP + m
+        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * DV + dv[None, :], out, mask=kept)
+    if SPLIT:
+        place = place * HKV + kv_head
+        if split == 0:
+            tl.store(used_ptr + place, used)
+        if used > 1:
+            part = (place * splits + split) * GROUP + m
+            tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
+            tl.store(stats_ptr + part * 2, top, mask=m < GROUP)
+            tl.store(stats_ptr + part * 2 + 1, total, mask=m < GROUP)
+
+
+@triton.jit
+def _single_token(cu_q_ptr, place, sequences, MIXED: tl.constexpr):
+    """The token decoded at a place, its sequence, and whether there is none.
+
+    MIXED: a place is a sequence, and has none unless it brings exactly one. Else T is B and a
+    place is a token, often but not always the only one of the sequence of that number.
+    """
+    begin = tl.load(cu_q_ptr + place)
+    end = tl.load(cu_q_ptr + place + 1)
+    token = begin
+    sequence = place
+    left = end - begin != 1
+    if not MIXED:
+        own = (begin <= place) & (place < end)
+        token = place
+        sequence = tl.where(own, place, 0)
+        high = tl.where(own, place, sequences - 1)
+        while sequence < high:
+            middle = (sequence + high + 1) // 2
+            if tl.load(cu_q_ptr + middle) <= place:
+                sequence = middle
+            else:
+                high = middle - 1
+        left = place >= tl.load(cu_q_ptr + sequences)
+    return token, sequence, left
 
 
 @triton.jit(do_not_specialize=["sequences", "splits"], do_not_specialize_on_alignment=["cu_q_ptr"])
@@ -179,13 +199,7 @@ def latent_merge_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     place = tl.program_id(0) // GROUP
     head = tl.program_id(0) % GROUP
-    token = place // HKV
-    if MIXED:
-        begin = tl.load(cu_q_ptr + token)
-        left = tl.load(cu_q_ptr + token + 1) - begin != 1
-        token = begin
-    else:
-        left = token >= tl.load(cu_q_ptr + sequences)
+    token, _, left = _single_token(cu_q_ptr, place // HKV, sequences, MIXED)
     if left:
         return
     used = tl.load(used_ptr + place)

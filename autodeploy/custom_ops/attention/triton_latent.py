@@ -156,8 +156,8 @@ def launch_decode(site: _Site, form: Form, tiles: LatentTiles) -> None:
     mixed = len(site.q) != len(site.kv_len)
     pdl = gpu.overlaps_launches()
     latent_decode_kernel[(places * splits,)](
-        *site.addresses, *form.tensors, *scratch, *site.strides, splits, tiles.least,
-        *form.numbers, **shape, **form.flags, SPLIT=splits > 1, MIXED=mixed, PDL=pdl,
+        *site.addresses, *form.tensors, *scratch, *site.strides, len(site.kv_len), splits,
+        tiles.least, *form.numbers, **shape, **form.flags, SPLIT=splits > 1, MIXED=mixed, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
     )  # fmt: skip
     if splits > 1:
