@@ -24,22 +24,24 @@ def _attend_rows(
     acc, top, total, q, q_rest, query, lowest, slope, start, stop, last,
     cache_ptr, table_ptr, c_page, c_slot, scale, unit, softcap,
     MAIN: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_MAIN: tl.constexpr, BLOCK_REST: tl.constexpr, MASKED: tl.constexpr, FLOOR: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr, BLOCK_REST: tl.constexpr, FLOOR: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_keys` of paged attention, for q [M, MAIN] and q_rest [M, REST].
 
-    Returns acc [M, MAIN], top and total [M].
+    Every block is masked: beside rows this wide it costs little. Returns acc [M, MAIN], top and
+    total [M].
     """
     d = tl.arange(0, BLOCK_MAIN)
     r = tl.arange(0, BLOCK_REST)
+    n = tl.arange(0, BLOCK_N)
+    page = tl.load(table_ptr + tl.minimum(start + n, last) // PAGE)
     for first in range(start, stop, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        at = key
-        if MASKED:
-            at = tl.minimum(key, last)
-        page = tl.load(table_ptr + at // PAGE).to(tl.int64)
-        row = cache_ptr + (page * c_page + at % PAGE * c_slot)
+        key = first + n
+        inside = tl.minimum(key, last) % PAGE
+        row = cache_ptr + (page.to(tl.int64) * c_page + inside * c_slot)
+        # Known a block ahead, so that rows are fetched `num_stages` ahead and not half of them.
+        page = tl.load(table_ptr + tl.minimum(key + BLOCK_N, last) // PAGE)
         if BLOCK_MAIN == MAIN:
             k = tl.load(row[:, None] + d[None, :])
         else:
@@ -52,9 +54,7 @@ def _attend_rows(
             else:
                 k_rest = tl.load(rest_at, mask=(r < REST)[None, :], other=0.0)
             s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
-        s = shape_scores(
-            s, key, query, lowest, slope, scale, softcap, MASKED, FLOOR, SOFTCAP, ALIBI
-        )
+        s = shape_scores(s, key, query, lowest, slope, scale, softcap, True, FLOOR, SOFTCAP, ALIBI)
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
         p = tl.exp2(s * unit - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -97,7 +97,9 @@ def latent_decode_kernel(
     """Grid (B * HKV * splits): one range of the keys of one sequence, for one group of heads.
 
     Cut as by `decode_kernel` of paged attention; see `_single_token` for MIXED. SPLIT: there can
-    be more than one range, which `latent_merge_kernel` adds up; `used` [B, HKV] says how many.
+    be more than one range, and `latent_merge_kernel` makes the result of what each leaves; `used`
+    [B, HKV] says how many there are. A range that is the only one goes that way too: a second way
+    to store costs registers that 64 rows do not have.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -133,27 +135,26 @@ def latent_decode_kernel(
         q, q_rest, query, query, slope, start, stop, position,
         cache_ptr + kv_head // PARTS * c_head,
         table_ptr + tl.cast(sequence, tl.int64) * table_stride, c_page, c_slot, scale, unit,
-        softcap, MAIN, REST, PAGE, BLOCK_N, BLOCK_MAIN, BLOCK_REST, True, False, SOFTCAP, ALIBI,
+        softcap, MAIN, REST, PAGE, BLOCK_N, BLOCK_MAIN, BLOCK_REST, False, SOFTCAP, ALIBI,
         PRECISION,
     )  # fmt: skip
     dv = tl.arange(0, BLOCK_MAIN)
     kept = (m < GROUP)[:, None] & (dv < DV)[None, :]
-    if used == 1:
+    if SPLIT:
+        place = place * HKV + kv_head
+        if split == 0:
+            tl.store(used_ptr + place, used)
+        part = (place * splits + split) * GROUP + m
+        tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
+        tl.store(stats_ptr + part * 2, top, mask=m < GROUP)
+        tl.store(stats_ptr + part * 2 + 1, total, mask=m < GROUP)
+    else:
         if SINKS:
             sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
             acc, total = add_sink(acc, top, total, sink)
         row = (tl.cast(token, tl.int64) * HKV + kv_head) * GROUP + m
         out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row[:, None] * DV + dv[None, :], out, mask=kept)
-    if SPLIT:
-        place = place * HKV + kv_head
-        if split == 0:
-            tl.store(used_ptr + place, used)
-        if used > 1:
-            part = (place * splits + split) * GROUP + m
-            tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
-            tl.store(stats_ptr + part * 2, top, mask=m < GROUP)
-            tl.store(stats_ptr + part * 2 + 1, total, mask=m < GROUP)
 
 
 @triton.jit
@@ -203,8 +204,6 @@ def latent_merge_kernel(
     if left:
         return
     used = tl.load(used_ptr + place)
-    if used == 1:
-        return
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_C], tl.float32)
     top = tl.full([1], LOWEST, tl.float32)
@@ -279,13 +278,12 @@ def latent_prefill_kernel(
     cache_ptr += kv_head // PARTS * c_head
     FLOOR: tl.constexpr = WINDOW or CHUNK
     start = lowest_seen(first_query, window, chunk, WINDOW, CHUNK)
-    # One loop: its body is large, and what its mask costs is little beside rows this wide.
     acc, top, total = _attend_rows(
         tl.zeros([BLOCK_M, BLOCK_MAIN], tl.float32),
         tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32),
         q, q_rest, query, lowest, slope, start, last_query + 1, last_query,
         cache_ptr, table_ptr, c_page, c_slot, scale, unit, softcap, MAIN, REST, PAGE,
-        BLOCK_N, BLOCK_MAIN, BLOCK_REST, True, FLOOR, SOFTCAP, ALIBI, PRECISION,
+        BLOCK_N, BLOCK_MAIN, BLOCK_REST, FLOOR, SOFTCAP, ALIBI, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
