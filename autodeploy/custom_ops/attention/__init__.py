@@ -2,6 +2,7 @@
 
 from . import native_cpu as _native_cpu  # noqa: F401 - registers the implementation
 from . import torch_cpu as _torch_cpu  # noqa: F401 - registers the implementation
+from . import triton_latent as _triton_latent  # noqa: F401 - registers the implementation
 from . import triton_paged as _triton_paged  # noqa: F401 - registers the implementation
 from . import triton_rotary as _triton_rotary  # noqa: F401 - registers the implementation
 from .attention import attention

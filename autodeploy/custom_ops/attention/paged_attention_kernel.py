@@ -10,9 +10,9 @@ Scores are in units of log2: exp2 is what the hardware has.
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 # Finite, so that a row that has seen no key yet has differences with it.
-_LOWEST = tl.constexpr(-1.0e30)
+LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -44,20 +44,9 @@ def _attend_keys(
         else:
             k = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
-            # tanh x = 1 - 2 / (e^2x + 1): right at both ends, where e^2x is 0 or infinite.
-            s = 1.0 - 2.0 / (tl.exp2(s * (scale * 2.0 * _LOG2E / softcap)) + 1.0)
-            s = s * (softcap * _LOG2E)
-        if ALIBI:
-            if not SOFTCAP:
-                s = s * (scale * _LOG2E)
-            distance = key[None, :] - query[:, None]
-            s = s + slope[:, None] * distance.to(tl.float32)
-        if MASKED:
-            seen = key[None, :] <= query[:, None]
-            if FLOOR:
-                seen = seen & (key[None, :] >= lowest[:, None])
-            s = tl.where(seen, s, float("-inf"))
+        s = shape_scores(
+            s, key, query, lowest, slope, scale, softcap, MASKED, FLOOR, SOFTCAP, ALIBI
+        )
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
         p = tl.exp2(s * unit - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -74,7 +63,33 @@ def _attend_keys(
 
 
 @triton.jit
-def _lowest_seen(query, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def shape_scores(
+    s, key, query, lowest, slope, scale, softcap,
+    MASKED: tl.constexpr, FLOOR: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """What is done to products s [M, N] of queries and keys before their softmax.
+
+    Row m is at position query[m] and sees keys lowest[m]..query[m].
+    """
+    if SOFTCAP:
+        # tanh x = 1 - 2 / (e^2x + 1): right at both ends, where e^2x is 0 or infinite.
+        s = 1.0 - 2.0 / (tl.exp2(s * (scale * 2.0 * LOG2E / softcap)) + 1.0)
+        s = s * (softcap * LOG2E)
+    if ALIBI:
+        if not SOFTCAP:
+            s = s * (scale * LOG2E)
+        distance = key[None, :] - query[:, None]
+        s = s + slope[:, None] * distance.to(tl.float32)
+    if MASKED:
+        seen = key[None, :] <= query[:, None]
+        if FLOOR:
+            seen = seen & (key[None, :] >= lowest[:, None])
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def lowest_seen(query, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """Lowest position that a query at position `query` sees; elementwise."""
     lowest = query * 0
     if WINDOW:
@@ -85,7 +100,7 @@ def _lowest_seen(query, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _add_sink(acc, top, total, sink):
+def add_sink(acc, top, total, sink):
     """One more key for each row, of score `sink` [M] and a value of zeros."""
     new_top = tl.maximum(top, sink)
     shrink = tl.exp2(top - new_top)
@@ -135,14 +150,14 @@ def decode_kernel(
     dv = tl.arange(0, BLOCK_DV)
     slope = tl.zeros([BLOCK_G], tl.float32)
     if ALIBI:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * _LOG2E
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
     count = end - begin
     if MIXED:
         count = tl.where(count == 1, 1, 0)
     for new in range(count):
         token = begin + new
         position = length - end + token
-        low = _lowest_seen(position, window, chunk, WINDOW, CHUNK)
+        low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
         blocks = tl.cdiv(position + 1 - low, BLOCK_N)
         each = tl.maximum(tl.cdiv(blocks, splits), least)
         used = tl.cdiv(blocks, each)
@@ -155,7 +170,7 @@ def decode_kernel(
             stop = tl.minimum(start + each * BLOCK_N, position + 1)
             acc, top, total = _attend_keys(
                 tl.zeros([BLOCK_G, BLOCK_DV], tl.float32),
-                tl.full([BLOCK_G], _LOWEST, tl.float32), tl.zeros([BLOCK_G], tl.float32),
+                tl.full([BLOCK_G], LOWEST, tl.float32), tl.zeros([BLOCK_G], tl.float32),
                 q, query, query, slope, start, stop, position,
                 k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
                 D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
@@ -164,8 +179,8 @@ def decode_kernel(
             kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
             if used == 1:
                 if SINKS:
-                    sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
-                    acc, total = _add_sink(acc, top, total, sink)
+                    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+                    acc, total = add_sink(acc, top, total, sink)
                 out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
                 tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
             if SPLIT and used > 1:
@@ -202,13 +217,13 @@ def _merge_splits(
     for first_head in range(0, GROUP, MERGE_G):
         g = first_head + tl.arange(0, MERGE_G)
         acc = tl.zeros([MERGE_G, BLOCK_DV], tl.float32)
-        top = tl.full([MERGE_G], _LOWEST, tl.float32)
+        top = tl.full([MERGE_G], LOWEST, tl.float32)
         total = tl.zeros([MERGE_G], tl.float32)
         for first in range(0, used, MERGE_S):
             s = first + tl.arange(0, MERGE_S)
             part = (place * splits + s)[:, None] * GROUP + g[None, :]
             there = (s < used)[:, None] & (g < GROUP)[None, :]
-            tops = tl.load(stats_ptr + part * 2, mask=there, other=_LOWEST, cache_modifier=".cg")
+            tops = tl.load(stats_ptr + part * 2, mask=there, other=LOWEST, cache_modifier=".cg")
             totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
             parts = tl.load(
                 partial_ptr + part[:, :, None] * DV + dv[None, None, :],
@@ -222,13 +237,33 @@ def _merge_splits(
             top = new_top
         if SINKS:
             head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
-            sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
-            acc, total = _add_sink(acc, top, total, sink)
+            sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            acc, total = add_sink(acc, top, total, sink)
         # Heads past the group have no keys.
         total = tl.where(g < GROUP, total, 1.0)
         out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
         kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def find_block(cu_q_ptr, sequences, block, TOKENS: tl.constexpr):
+    """Whose tokens a block of TOKENS has: the sequence, its first and past its last, the block's.
+
+    Sequence i's blocks are numbered from cu_q[i] // TOKENS + i on: there is room for all of them
+    before those of i + 1, and no sum over sequences. Numbers left over have no tokens.
+    """
+    low = 0
+    high = sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_q_ptr + middle) // TOKENS + middle <= block:
+            low = middle
+        else:
+            high = middle - 1
+    begin = tl.load(cu_q_ptr + low)
+    end = tl.load(cu_q_ptr + low + 1)
+    return low, begin, end, begin + (block - (begin // TOKENS + low)) * TOKENS
 
 
 @triton.jit(
@@ -246,9 +281,7 @@ def prefill_kernel(
 ):  # fmt: skip
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, all heads of one kv head.
 
-    Sequence i's blocks of tokens are numbered from cu_q[i] // TOKENS + i on: there is room for
-    all of them before those of i + 1, and no sum over sequences. Numbers left over have no tokens.
-    A sequence that brings a single token is left to `decode_kernel`.
+    See `find_block`. A sequence that brings a single token is left to `decode_kernel`.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -257,17 +290,7 @@ def prefill_kernel(
     kv_head = tl.program_id(0) % HKV
     # The last tokens of a sequence see the most keys: they begin first.
     block = blocks - 1 - tl.program_id(0) // HKV
-    low = 0
-    high = sequences - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(cu_q_ptr + middle) // TOKENS + middle <= block:
-            low = middle
-        else:
-            high = middle - 1
-    begin = tl.load(cu_q_ptr + low)
-    end = tl.load(cu_q_ptr + low + 1)
-    first = begin + (block - (begin // TOKENS + low)) * TOKENS
+    low, begin, end, first = find_block(cu_q_ptr, sequences, block, TOKENS)
     if (first >= end) | (end - begin == 1):
         return
     m = tl.arange(0, BLOCK_M)
@@ -282,23 +305,23 @@ def prefill_kernel(
     query = seen_before + token
     first_query = seen_before + first
     last_query = seen_before + tl.minimum(first + TOKENS, end) - 1
-    lowest = _lowest_seen(query, window, chunk, WINDOW, CHUNK)
+    lowest = lowest_seen(query, window, chunk, WINDOW, CHUNK)
     slope = tl.zeros([BLOCK_M], tl.float32)
     if ALIBI:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * _LOG2E
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
     table_ptr += tl.cast(low, tl.int64) * table_stride
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    top = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     FLOOR: tl.constexpr = WINDOW or CHUNK
     # From `start` on lie keys that some row does not see any more, from `inner` on those that all
     # rows see, from `outer` on those that some row does not see yet.
-    start = _lowest_seen(first_query, window, chunk, WINDOW, CHUNK)
+    start = lowest_seen(first_query, window, chunk, WINDOW, CHUNK)
     inner = start
     if FLOOR:
-        ahead = _lowest_seen(last_query, window, chunk, WINDOW, CHUNK) - start
+        ahead = lowest_seen(last_query, window, chunk, WINDOW, CHUNK) - start
         inner = start + tl.cdiv(ahead, BLOCK_N) * BLOCK_N
         acc, top, total = _attend_keys(
             acc, top, total, q, query, lowest, slope, start, tl.minimum(inner, last_query + 1),
@@ -318,8 +341,8 @@ def prefill_kernel(
         D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
     )  # fmt: skip
     if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
-        acc, total = _add_sink(acc, top, total, sink)
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        acc, total = add_sink(acc, top, total, sink)
     kept = (m < TOKENS * GROUP) & (first + m // GROUP < end)
     out_at = out_ptr + (tl.cast(token, tl.int64) * (HKV * GROUP) + head)[:, None] * DV + dv[None, :]
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

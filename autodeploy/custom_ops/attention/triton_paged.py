@@ -20,8 +20,8 @@ from .. import gpu
 from ..op import Choice
 from .paged_attention import paged_attention
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_METADATA = {
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+METADATA = {
     "cu_q": torch.int32, "kv_len": torch.int32, "block_table": torch.int32, "slot": torch.int64,
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def attend_pages(
     if not out.numel() or not len(kv_len):
         return out
     site = _Site.of(q, k_cache, v_cache, cu_q, kv_len, block_table, out)
-    form = _Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
+    form = Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
     size = q.element_size()
     launch_decode(site, form, decode_tiles(site.width, size, site.group, q.device))
     if len(q) != len(kv_len):
@@ -164,7 +164,7 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """What is done to scores, as arguments and constants of the kernels."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
@@ -176,7 +176,7 @@ class _Form:
     def of(
         cls, scale: float, window: int, chunk: int, softcap: float, sinks: torch.Tensor | None,
         alibi_slopes: torch.Tensor | None, other: torch.Tensor,
-    ) -> _Form:  # fmt: skip
+    ) -> Form:  # fmt: skip
         # A plain product becomes a power of 2 with one multiplication and addition, `unit` times
         # the score less the largest; what changes scores brings them to that unit itself.
         plain = not softcap and alibi_slopes is None
@@ -199,7 +199,7 @@ class _Form:
         return min(longest, window or longest, chunk or longest)
 
 
-def launch_decode(site: _Site, form: _Form, tiles: DecodeTiles) -> None:
+def launch_decode(site: _Site, form: Form, tiles: DecodeTiles) -> None:
     """Single tokens: a program for each range of keys of each sequence and kv head.
 
     All tokens if there are as many as sequences, else those that are their sequence's only one.
@@ -221,11 +221,11 @@ def launch_decode(site: _Site, form: _Form, tiles: DecodeTiles) -> None:
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
         MIXED=len(site.q) != site.sequences, PDL=pdl, num_warps=tiles.warps,
-        num_stages=tiles.stages, **_overlap(pdl),
+        num_stages=tiles.stages, **overlap(pdl),
     )  # fmt: skip
 
 
-def launch_prefill(site: _Site, form: _Form, tiles: PrefillTiles) -> None:
+def launch_prefill(site: _Site, form: Form, tiles: PrefillTiles) -> None:
     """More than one new token a sequence: a program for each block of them and each kv head."""
     from .paged_attention_kernel import prefill_kernel
 
@@ -234,12 +234,13 @@ def launch_prefill(site: _Site, form: _Form, tiles: PrefillTiles) -> None:
     prefill_kernel[(blocks * site.heads,)](
         *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, *form.numbers,
         **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_overlap(pdl),
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
         **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
 
 
-def _overlap(pdl: bool) -> dict[str, bool]:
+def overlap(pdl: bool) -> dict[str, bool]:
+    """How a kernel is launched that waits for its predecessor itself."""
     return {"launch_pdl": True} if pdl else {}
 
 
@@ -293,7 +294,7 @@ def write_pages(
         k, v, k_cache, v_cache, slot, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], slot.stride(0), HKV=heads, D=width, DV=v.shape[2],
         PAGE=k_cache.shape[1], BLOCK_H=block_h, BLOCK_D=block_d, BLOCK_DV=block_dv, PDL=pdl,
-        num_warps=4, **_overlap(pdl),
+        num_warps=4, **overlap(pdl),
     )  # fmt: skip
 
 
@@ -308,8 +309,8 @@ def applies(choice: Choice) -> bool:
     return (
         gpu.runs_triton(choice.device)
         and len(dtypes) == 1
-        and dtypes <= set(_DTYPES)
-        and all(args[name].dtype is dtype for name, dtype in _METADATA.items())
+        and dtypes <= set(DTYPES)
+        and all(args[name].dtype is dtype for name, dtype in METADATA.items())
         and width <= 256
         and group <= 128
         and queries <= 1 << 16
