@@ -9,7 +9,7 @@ import torch
 
 from autodeploy.custom_ops import gpu
 from autodeploy.custom_ops.linear import fused_linear, skinny_config, triton_linear
-from autodeploy.custom_ops.linear.skinny_config import Measured, Tiling, tiling_of
+from autodeploy.custom_ops.linear.skinny_config import Tiling, tiling_of
 from autodeploy.custom_ops.op import Choice
 
 pytestmark = pytest.mark.skipif(
@@ -90,14 +90,9 @@ def tiled(monkeypatch):
     """Makes every product run with one tiling."""
 
     def use(tiling):
-        anywhere = (1, 1 << 30)
-        measured = Measured(anywhere, anywhere, anywhere, tiling)
-        monkeypatch.setattr(skinny_config, "MEASURED", (measured,))
-        tiling_of.cache_clear()
+        monkeypatch.setattr(triton_linear, "tiling_of", lambda *_: tiling)
 
-    yield use
-    monkeypatch.undo()
-    tiling_of.cache_clear()
+    return use
 
 
 def run(given):

@@ -7,8 +7,8 @@ from tiny_models import tiny_model
 from torch import nn
 
 from autodeploy.custom_ops import gpu
-from autodeploy.custom_ops.linear import fused_linear, skinny_config
-from autodeploy.custom_ops.linear.skinny_config import Measured, Tiling, tiling_of
+from autodeploy.custom_ops.linear import fused_linear, triton_linear
+from autodeploy.custom_ops.linear.skinny_config import Tiling
 from autodeploy.transforms.capture.export import capture
 from autodeploy.transforms.pipeline import run_recipe, run_step
 from autodeploy.transforms.recipe import Step, load_recipe
@@ -147,12 +147,8 @@ def test_a_served_model_keeps_its_logits(kind):
 @pytest.mark.skipif(not gpu.interpreted(), reason="kernels run on the device")
 def test_kernels_in_half_precision_give_the_models_logits(monkeypatch):
     # Few and large tiles: the interpreter is slow.
-    tilings = (
-        Measured((1, 2), (1, 999), (1, 999), Tiling("gemv", block_n=128, block_k=128)),
-        Measured((3, 128), (1, 999), (1, 999), Tiling("dot", block_n=128, block_k=64)),
-    )
-    monkeypatch.setattr(skinny_config, "MEASURED", tilings)
-    tiling_of.cache_clear()
+    few, many = Tiling("gemv", block_n=128, block_k=128), Tiling("dot", block_n=128, block_k=64)
+    monkeypatch.setattr(triton_linear, "tiling_of", lambda tokens, *_: few if tokens <= 2 else many)
     model = tiny_model("llama", num_hidden_layers=1).half()
     whole = SequenceCheck(reference_logits(model))
     program = capture(model)
@@ -164,6 +160,5 @@ def test_kernels_in_half_precision_give_the_models_logits(monkeypatch):
 
     with gpu.interpreted_kernels():
         run_recipe(program, recipe, check=check)
-    tiling_of.cache_clear()
     fused = [n for n in program.graph.nodes if n.meta.get("op") == "fused_linear"]
     assert {n.meta["implementation"] for n in fused} == {"triton"}

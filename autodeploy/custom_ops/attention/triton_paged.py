@@ -61,8 +61,8 @@ def decode_tiles(width: int, itemsize: int, group: int, device: torch.device) ->
     """
     rows = triton_block(group, 16)
     keys = max(16, min(128, 16384 // (width * itemsize), 4096 // rows))
-    # H200: 8 sequences of 576 keys and 8 heads take 14 us in two ranges each and 16 in eight; 4 of
-    # 32768 keys 137 us in eight and 184 in sixteen.
+    # H200: 8 sequences of 576 keys and 8 heads take 14 us in two ranges each and 16 in more; 4
+    # of 32768 keys take 137 us in eight.
     programs = 3 * gpu.multiprocessors(device.index or 0) // 2
     return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, 4)
 
@@ -78,7 +78,7 @@ def prefill_tiles(width: int, itemsize: int, group: int, tokens: int) -> Prefill
     if tokens < 64:
         # 255 single tokens beside a prompt of 500: 189 us, with 128 rows 299.
         return PrefillTiles(64, 64, 4, 3 if width < 256 else 2)
-    # 8 x 1024 and 1 x 8192 tokens, heads of 128: 289 and 434 TFLOP/s; 8 warps 263 and 390.
+    # 8 x 1024 and 1 x 8192 tokens, heads of 128: 289 and 434 TFLOP/s; 8 warps 249 and 330.
     return PrefillTiles(128, 64, 4 if width == 128 else 8, 3 if width < 256 else 2)
 
 

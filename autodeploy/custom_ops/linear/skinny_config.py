@@ -1,4 +1,4 @@
-"""Which kernel a product of few tokens runs on, and with which tiles: measurements as data."""
+"""Which kernel a product of few tokens runs on, and with which tiles, by what was measured."""
 
 from __future__ import annotations
 
@@ -38,32 +38,6 @@ class Tiling:
     early: int = 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The best tiling found for some products: tokens and sizes from .. to, both included."""
-
-    tokens: tuple[int, int]
-    rows: tuple[int, int]
-    """Of the weight."""
-    width: tuple[int, int]
-    """K."""
-    tiling: Tiling
-    gated: bool | None = None
-    """None: for both."""
-
-    def holds(self, tokens: int, rows: int, width: int, gated: bool) -> bool:
-        return (
-            self.tokens[0] <= tokens <= self.tokens[1]
-            and self.rows[0] <= rows <= self.rows[1]
-            and self.width[0] <= width <= self.width[1]
-            and self.gated in (None, gated)
-        )
-
-
-MEASURED: tuple[Measured, ...] = ()
-"""The first that holds is taken; what none holds for gets `_estimated`."""
-
-
 @functools.cache
 def tiling_of(
     tokens: int,
@@ -77,26 +51,12 @@ def tiling_of(
     """The tiling of x [tokens, width] times weight [rows, width], for 2-byte numbers.
 
     ends: whether a gate, an activation or a residual follows. norm: whether a norm comes first.
-    """
-    for measured in MEASURED:
-        if measured.holds(tokens, rows, width, gated):
-            return measured.tiling
-    return _estimated(tokens, rows, width, gated, multiprocessors, ends, norm)
 
-
-def padded(tokens: int) -> int:
-    """Tokens as `dot_kernel` pads them: a power of 2 from 16."""
-    return max(16, 1 << (tokens - 1).bit_length())
-
-
-def _estimated(
-    tokens: int, rows: int, width: int, gated: bool, multiprocessors: int, ends: bool, norm: bool
-) -> Tiling:
-    """What was fastest on an H200 for products with 2048 to 28672 rows and 2048 to 14336 columns.
+    What was fastest on an H200 for products with 2048 to 28672 rows and 2048 to 14336 columns.
 
     In us, beside cuBLAS with its norm, gate or residual apart: one token, a norm and 6144 x 4096:
-    14.1 and 17.1; 4096 x 14336 and a residual: 28.9 and 33.5. Eight tokens, 2048 x 8192 and a
-    residual: 11.9 and 15.4; 16384 x 2048 and a gate: 18.3 and 21.5. A product alone is as fast in
+    15.2 and 17.1; 4096 x 14336 and a residual: 28.9 and 33.5. Eight tokens, 2048 x 8192 and a
+    residual: 12.1 and 15.4; 16384 x 2048 and a gate: 19.3 and 21.5. A product alone is as fast in
     cuBLAS from two tokens on, and so is every product of more than 64.
     """
     columns = rows // 2 if gated else rows
@@ -108,6 +68,11 @@ def _estimated(
         return Tiling("cublas")
     block_k = 64 if gated and tokens > 32 else 128
     return bounded(Tiling("dot", 64, block_k), tokens, columns, width, gated, multiprocessors)
+
+
+def padded(tokens: int) -> int:
+    """Tokens as `dot_kernel` pads them: a power of 2 from 16."""
+    return max(16, 1 << (tokens - 1).bit_length())
 
 
 def _power(width: int) -> int:
