@@ -196,7 +196,7 @@ def decode_kernel(
                 tl.debug_barrier()
                 before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")
                 if before == used - 1:
-                    _merge_splits(
+                    merge_splits(
                         out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits,
                         used, GROUP, DV, BLOCK_DV, MERGE_G, MERGE_S, SINKS,
                     )  # fmt: skip
@@ -204,7 +204,7 @@ def decode_kernel(
 
 
 @triton.jit
-def _merge_splits(
+def merge_splits(
     out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits, used,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MERGE_G: tl.constexpr,
     MERGE_S: tl.constexpr, SINKS: tl.constexpr,

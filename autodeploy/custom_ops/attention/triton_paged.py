@@ -209,14 +209,14 @@ def launch_decode(site: _Site, form: Form, tiles: DecodeTiles) -> None:
     rows = site.sequences * site.heads
     ranges = -(-form.visible(site.longest) // (tiles.keys * tiles.least))
     splits = max(1, min(ranges, tiles.programs // rows))
-    scratch = (site.q, site.q, site.q)  # never touched
+    met = (site.q, site.q, site.q)  # never touched
     if splits > 1:
-        scratch = _scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
+        met = scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
     block_dv = site.shape["BLOCK_DV"]
     merged = min(triton_block(site.group), max(1, 2048 // block_dv))
     pdl = gpu.overlaps_launches()
     decode_kernel[(rows * splits,)](
-        *site.addresses, *form.tensors, *scratch, *site.strides, splits, tiles.least,
+        *site.addresses, *form.tensors, *met, *site.strides, splits, tiles.least,
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
@@ -244,7 +244,7 @@ def overlap(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
-def _scratch(
+def scratch(
     device: torch.device, programs: int, group: int, value_width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the ranges of a sequence meet: their sums, their scales, and how many have arrived.
@@ -338,6 +338,11 @@ def triton_paged(
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention`; see `attend_pages`."""
+    from .triton_decode import decode_heads, holds
+
+    if holds(q, k, len(kv_len)):
+        form = Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
+        return decode_heads(q, k, v, k_cache, v_cache, cu_q, kv_len, block_table, slot, form)
     write_pages(k, v, k_cache, v_cache, slot)
     return attend_pages(
         q, k_cache, v_cache, cu_q, kv_len, block_table, scale, window, chunk, softcap, sinks,
