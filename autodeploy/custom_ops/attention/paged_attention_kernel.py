@@ -213,27 +213,28 @@ def merge_splits(
 
     Other programs wrote them, so they are read past the first-level cache.
     """
-    dv = tl.arange(0, BLOCK_DV)
+    dv = tl.arange(0, BLOCK_DV)[None, None, :]
     for first_head in range(0, GROUP, MERGE_G):
         g = first_head + tl.arange(0, MERGE_G)
         acc = tl.zeros([MERGE_G, BLOCK_DV], tl.float32)
         top = tl.full([MERGE_G], LOWEST, tl.float32)
         total = tl.zeros([MERGE_G], tl.float32)
         for first in range(0, used, MERGE_S):
+            # Ranges in the middle: a warp has a head, and a thread the same numbers of all ranges.
             s = first + tl.arange(0, MERGE_S)
-            part = (place * splits + s)[:, None] * GROUP + g[None, :]
-            there = (s < used)[:, None] & (g < GROUP)[None, :]
+            part = (place * splits + s)[None, :] * GROUP + g[:, None]
+            there = (s < used)[None, :] & (g < GROUP)[:, None]
+            parts = tl.load(
+                partial_ptr + part[:, :, None] * DV + dv, mask=there[:, :, None] & (dv < DV),
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
             tops = tl.load(stats_ptr + part * 2, mask=there, other=LOWEST, cache_modifier=".cg")
             totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            parts = tl.load(
-                partial_ptr + part[:, :, None] * DV + dv[None, None, :],
-                mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(tops, 0))
+            new_top = tl.maximum(top, tl.max(tops, 1))
             shrink = tl.exp2(top - new_top)
-            share = tl.exp2(tops - new_top[None, :])
-            total = total * shrink + tl.sum(totals * share, 0)
-            acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 0)
+            share = tl.exp2(tops - new_top[:, None])
+            total = total * shrink + tl.sum(totals * share, 1)
+            acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 1)
             top = new_top
         if SINKS:
             head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
@@ -241,8 +242,9 @@ def merge_splits(
             acc, total = add_sink(acc, top, total, sink)
         # Heads past the group have no keys.
         total = tl.where(g < GROUP, total, 1.0)
-        out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
-        kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
+        column = tl.arange(0, BLOCK_DV)[None, :]
+        out_at = out_ptr + (row * GROUP + g)[:, None] * DV + column
+        kept = (g < GROUP)[:, None] & (column < DV)
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 

@@ -65,48 +65,50 @@ def _partner(d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def _load_weight(
-    weight_ptr, d, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    weight_ptr, g, d, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """A norm's weight for each number [BLOCK_D] and for its partner, float32; or anything."""
-    own = d.to(tl.float32)
+    """A norm's weight for each number and for its partner, float32; where there is none anything.
+
+    As everything that meets heads [M, BLOCK_D] it is loaded for each row of them, g is [M, 1]: a
+    thread then has what it needs, and nothing passes through shared memory.
+    """
+    own = (g + d).to(tl.float32)
     other = own
     if WEIGHT:
-        own = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        own = tl.load(weight_ptr + g * 0 + d, mask=d < D, other=0.0).to(tl.float32)
         if HALF > 0:
             at = _partner(d, HALF, INTERLEAVED)
-            other = tl.load(weight_ptr + at, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+            other = tl.load(weight_ptr + g * 0 + at, mask=d < 2 * HALF, other=0.0).to(tl.float32)
     return own, other
 
 
 @triton.jit
 def _load_heads(row_ptr, d, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Heads at row_ptr [M, 1] and, of each number, its partner: two tiles [M, BLOCK_D] float32.
-
-    Both come from memory: to bring them together no thread waits for another.
-    """
-    own = tl.load(row_ptr + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
+    """Heads at row_ptr [M, 1] and, of each number, its partner: two tiles [M, BLOCK_D] float32."""
+    own = tl.load(row_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     other = own
     if HALF > 0:
         at = _partner(d, HALF, INTERLEAVED)
-        other = tl.load(row_ptr + at[None, :], mask=(d < 2 * HALF)[None, :], other=0.0)
-        other = other.to(tl.float32)
+        other = tl.load(row_ptr + at, mask=d < 2 * HALF, other=0.0).to(tl.float32)
     return own, other
 
 
 @triton.jit
-def _load_turn(
-    cos_ptr, sin_ptr, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-):
-    """A token's cosine and sine [BLOCK_D] float32 for each number; the sine has its sign."""
-    at = d
-    first = d < HALF
-    if INTERLEAVED:
-        at = d // 2
-        first = d % 2 == 0
-    cos = tl.load(cos_ptr + at, mask=d < 2 * HALF, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, mask=d < 2 * HALF, other=0.0).to(tl.float32)
-    return cos, tl.where(first, -sin, sin)
+def _load_turn(cos_ptr, sin_ptr, g, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A token's cosine and sine for each number of heads, float32; the sine has its sign."""
+    cos = (g + d).to(tl.float32)
+    sin = cos
+    if HALF > 0:
+        at = d
+        first = d < HALF
+        if INTERLEAVED:
+            at = d // 2
+            first = d % 2 == 0
+        cos = tl.load(cos_ptr + g * 0 + at, mask=d < 2 * HALF, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + g * 0 + at, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+        sin = tl.where(first, -sin, sin)
+    return cos, sin
 
 
 @triton.jit
@@ -119,14 +121,13 @@ def _turn(
     y = own
     if NORM:
         scale = tl.rsqrt(tl.sum(own * own, 1, keep_dims=True) / D + eps)
-        y = weighted(own, scale, weight[None, :], offset, WEIGHT, FIRST, DTYPE)
+        y = weighted(own, scale, weight, offset, WEIGHT, FIRST, DTYPE)
         if HALF > 0:
-            other = weighted(other, scale, other_weight[None, :], offset, WEIGHT, FIRST, DTYPE)
+            other = weighted(other, scale, other_weight, offset, WEIGHT, FIRST, DTYPE)
     if HALF > 0:
         # Each product is rounded before the sum, as torch does.
-        left = (y * cos[None, :]).to(DTYPE).to(tl.float32)
-        turned = left + (other * sin[None, :]).to(DTYPE).to(tl.float32)
-        y = tl.where((d < 2 * HALF)[None, :], turned, y)
+        turned = (y * cos).to(DTYPE).to(tl.float32) + (other * sin).to(DTYPE).to(tl.float32)
+        y = tl.where(d < 2 * HALF, turned, y)
     return y.to(DTYPE)
 
 
@@ -134,37 +135,49 @@ def _turn(
 def _own_score(
     q, k, position, query, slope, scale, unit, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr
 ):
-    """Scores [M] of one new key k [1, BLOCK_D] at a position, in units of log2."""
+    """Scores [M] of one new key, each row of k [M, BLOCK_D], at a position; in units of log2."""
     s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1, keep_dims=True)
     key = tl.zeros([1], tl.int32) + position
-    s = shape_scores(
-        s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI
-    )
+    s = shape_scores(s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI)
     return tl.sum(s, 1) * unit
 
 
 @triton.jit
+def _add_key(acc, top, total, score, v):
+    """One more key for each row, of score [M] and value v [BLOCK_DV]."""
+    new_top = tl.maximum(top, score)
+    shrink = tl.exp2(top - new_top)
+    share = tl.exp2(score - new_top)
+    acc = acc * shrink[:, None] + share[:, None] * v.to(tl.float32)[None, :]
+    return acc, new_top, total * shrink + share
+
+
+@triton.jit
 def _load_block(
-    k_ptr, v_ptr, page, key, stop, k_page, k_slot, v_page, v_slot,
-    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    cache_ptr, page, key, stop, page_stride, slot_stride,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV] before `stop`, zeros from there on."""
+    """Keys or values [BLOCK_N, BLOCK_D] before `stop`, zeros from there on."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    dv = tl.arange(0, BLOCK_DV)[None, :]
+    at = cache_ptr + (page.to(tl.int64) * page_stride + key % PAGE * slot_stride)[:, None] + d
     there = (key < stop)[:, None]
-    inside = key % PAGE
-    k_at = k_ptr + (page.to(tl.int64) * k_page + inside * k_slot)[:, None] + d
-    v_at = v_ptr + (page.to(tl.int64) * v_page + inside * v_slot)[:, None] + dv
-    k_there = there
     if BLOCK_D != D:
-        k_there = there & (d < D)
-    v_there = there
-    if BLOCK_DV != DV:
-        v_there = there & (dv < DV)
-    k = tl.load(k_at, mask=k_there, other=0.0)
-    v = tl.load(v_at, mask=v_there, other=0.0)
-    return k, v
+        there = there & (d < D)
+    return tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
+def _ask_for(cache_ptr, page, inside, page_stride, slot_stride, BYTES: tl.constexpr):
+    """Asks for BYTES of a cache at each of some places to be brought to the L2 cache."""
+    address = cache_ptr + page.to(tl.int64) * page_stride + inside * slot_stride
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [address.to(tl.int64), tl.zeros_like(inside) + BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(
@@ -186,8 +199,8 @@ def rotary_decode_kernel(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T * HKV * splits), T tokens of as many sequences: one range of a token's keys.
 
@@ -195,7 +208,8 @@ def rotary_decode_kernel(
     earlier steps are cut into at most `splits` ranges of at least `least` blocks, as many as there
     are for; the program of the last range also takes the new key, and writes it and its value to
     their slot. SPLIT: there can be more than one range; the program that arrives last at `arrived`
-    [T, HKV] merges them and sets it back to 0 for the next launch.
+    [T, HKV] merges them and sets it back to 0 for the next launch. AHEAD: blocks after a range's
+    first one that are asked for before the wait; rows of 16-bit numbers at multiples of 16 bytes.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -224,17 +238,23 @@ def rotary_decode_kernel(
     page = tl.load(table_ptr + key // PAGE, mask=key < stop, other=0)
     # Known a block ahead of the block that it is the address of.
     next_page = tl.load(table_ptr + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < stop, other=0)
-    k, v = _load_block(
-        k_cache_ptr, v_cache_ptr, page, key, stop, k_page, k_slot, v_page, v_slot, D, DV, PAGE,
-        BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    k = _load_block(k_cache_ptr, page, key, stop, k_page, k_slot, D, PAGE, BLOCK_D)
+    v = _load_block(v_cache_ptr, page, key, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+    if AHEAD > 0 and start + BLOCK_N < stop:
+        for block in tl.static_range(1, AHEAD + 1):
+            there = tl.minimum(start + block * BLOCK_N + n, stop - 1)
+            ahead_page = tl.load(table_ptr + there // PAGE)
+            inside = there % PAGE
+            _ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, 2 * D)
+            _ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, 2 * DV)
     g = tl.arange(0, BLOCK_G)
     # Rows past the group repeat its last head and are not stored.
     head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[None, :]
     dv = tl.arange(0, BLOCK_DV)
-    q_weight, q_other_weight = _load_weight(q_norm_ptr, d, D, HALF, INTERLEAVED, Q_WEIGHT)
-    k_weight, k_other_weight = _load_weight(k_norm_ptr, d, D, HALF, INTERLEAVED, K_WEIGHT)
+    rows = g[:, None]
+    q_weight, q_other_weight = _load_weight(q_norm_ptr, rows, d, D, HALF, INTERLEAVED, Q_WEIGHT)
+    k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
     slope = tl.zeros([BLOCK_G], tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
@@ -248,46 +268,70 @@ def rotary_decode_kernel(
 
     row = tl.cast(token, tl.int64)
     q_at = q_ptr + (row * q_token + head * q_head)[:, None]
-    k_at = k_ptr + row * k_token + kv_head * k_head + tl.zeros([1, 1], tl.int32)
+    k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
     q_own, q_other = _load_heads(q_at, d, D, HALF, INTERLEAVED)
     k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
     v_new = tl.load(v_ptr + row * v_token + kv_head * v_head + dv, mask=dv < DV, other=0.0)
-    cos = d.to(tl.float32)
-    sin = cos
-    if HALF > 0:
-        cos, sin = _load_turn(
-            cos_ptr + row * cos_token, sin_ptr + row * sin_token, d, HALF, INTERLEAVED
-        )
+    cos, sin = _load_turn(
+        cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
+    )
     q = _turn(
         q_own, q_other, q_weight, q_other_weight, cos, sin, d, q_eps, offset, D, HALF, Q_NORM,
         Q_WEIGHT, FIRST, DTYPE,
     )  # fmt: skip
     query = tl.zeros([BLOCK_G], tl.int32) + position
-    top = tl.full([BLOCK_G], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    own_score = tl.zeros([BLOCK_G], tl.float32)
     if last:
         k_new = _turn(
             k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
             K_WEIGHT, FIRST, DTYPE,
         )  # fmt: skip
-        top = _own_score(q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI)
-        total += 1.0
-        acc += v_new.to(tl.float32)[None, :]
+        own_score += _own_score(
+            q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
+        )
         inside = slot % PAGE
-        k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + d[None, :]
-        tl.store(k_to, k_new, mask=(d < D)[None, :])
+        k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + rows * 0 + d
+        tl.store(k_to, k_new, mask=(rows == 0) & (d < D))
         v_to = v_cache_ptr + (slot // PAGE) * v_page + inside * v_slot + dv
         tl.store(v_to, v_new, mask=dv < DV)
+
+    top = tl.full([BLOCK_G], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    for first in range(start, stop, BLOCK_N):
+        key = first + n
+        ahead = key + BLOCK_N
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # These keys are in shared memory now: the next ones take their registers.
+        page = next_page
+        k = _load_block(k_cache_ptr, page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
+        next_page = tl.load(
+            table_ptr + (ahead + BLOCK_N) // PAGE, mask=ahead + BLOCK_N < stop, other=0
+        )
+        s = shape_scores(s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI)
+        s = tl.where((key < stop)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * unit)
+        p = tl.exp2(s * unit - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        v = _load_block(v_cache_ptr, page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+        top = new_top
+
+    if last:
+        acc, top, total = _add_key(acc, top, total, own_score, v_new)
         # The sequence's other tokens of this step, where it brings more than one.
         for earlier in range(tl.maximum(begin, low - known + end), token):
             row = tl.cast(earlier, tl.int64)
-            k_at = k_ptr + row * k_token + kv_head * k_head + tl.zeros([1, 1], tl.int32)
+            k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
             k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
-            if HALF > 0:
-                cos, sin = _load_turn(
-                    cos_ptr + row * cos_token, sin_ptr + row * sin_token, d, HALF, INTERLEAVED
-                )
+            cos, sin = _load_turn(
+                cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
+            )
+            k_weight, k_other_weight = _load_weight(
+                k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT
+            )
             k_new = _turn(
                 k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF,
                 K_NORM, K_WEIGHT, FIRST, DTYPE,
@@ -296,37 +340,7 @@ def rotary_decode_kernel(
                 q, k_new, known - end + earlier, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
             )
             v_at = v_ptr + row * v_token + kv_head * v_head + dv
-            v_new = tl.load(v_at, mask=dv < DV, other=0.0)
-            new_top = tl.maximum(top, s)
-            shrink = tl.exp2(top - new_top)
-            share = tl.exp2(s - new_top)
-            total = total * shrink + share
-            acc = acc * shrink[:, None] + share[:, None] * v_new.to(tl.float32)[None, :]
-            top = new_top
-
-    for first in range(start, stop, BLOCK_N):
-        key = first + n
-        ahead = key + BLOCK_N
-        next_k, next_v = _load_block(
-            k_cache_ptr, v_cache_ptr, next_page, ahead, stop, k_page, k_slot, v_page, v_slot, D,
-            DV, PAGE, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        further = ahead + BLOCK_N
-        next_page = tl.load(table_ptr + further // PAGE, mask=further < stop, other=0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s = shape_scores(
-            s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI
-        )
-        s = tl.where((key < stop)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * unit)
-        p = tl.exp2(s * unit - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
-        k = next_k
-        v = next_v
+            acc, top, total = _add_key(acc, top, total, s, tl.load(v_at, mask=dv < DV, other=0.0))
 
     place = token * HKV + kv_head
     kept = (g < GROUP)[:, None] & (dv < DV)[None, :]

@@ -31,6 +31,8 @@ class Tiles:
     warps: int
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
+    ahead: int = 0
+    """Blocks after the first one that are asked for before the wait for the kernel in front."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ def decode_heads(
     if splits > 1:
         met = scratch(q.device, cut.programs, group, value_width)
     merged = min(triton_block(group), max(1, 2048 // block_dv))
+    rows = [n for cache in (k_cache, v_cache) for n in (cache.shape[3], *cache.stride()[:3])]
+    starts = (k_cache.data_ptr(), v_cache.data_ptr())
+    aligned = q.element_size() == 2 and all(n % 8 == 0 for n in (*rows, *(s // 2 for s in starts)))
     cos, sin = (
         q if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (turn.cos, turn.sin)
     )
@@ -118,6 +123,7 @@ def decode_heads(
         Q_WEIGHT=norm.q_weight is not None, K_WEIGHT=norm.k_weight is not None,
         FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, MERGE_G=merged,
         MERGE_S=max(2, min(16, 8192 // (merged * block_dv))),
+        AHEAD=cut.ahead if pdl and aligned else 0,
         PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
         num_stages=1, **overlap(pdl), **({"maxnreg": cut.registers} if cut.registers else {}),
     )  # fmt: skip
