@@ -14,7 +14,12 @@ pytestmark = pytest.mark.skipif(not gpu.has_triton(), reason="triton is not inst
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = paged_attention.implementation("triton").function
 CLOSE = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    # tf32x3 keeps some 20 bits of a score: a power of one near 1000, as here with slopes and with
+    # scores far apart, is 1e-3 off. The interpreter multiplies in float32.
+    torch.float32: {
+        "rtol": 1e-3 if DEVICE == "cuda" else 1e-4,
+        "atol": 1e-4 if DEVICE == "cuda" else 1e-5,
+    },
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
 }
@@ -138,7 +143,7 @@ def test_a_long_sequence_cut_into_ranges_is_whole_every_time(feature):
 def test_the_number_of_ranges_changes_nothing(monkeypatch, programs, least):
     tiles = triton_paged.DecodeTiles(32, least, programs, 4, 2)
     monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: tiles)
-    check(step([400, 1, 97], [1, 1, 1], (4, 2, 16, 16)))
+    check(step([400, 3, 97], [1, 3, 1], (4, 2, 16, 16)))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1], [1, 1, 1], [0, 0, 3]])
