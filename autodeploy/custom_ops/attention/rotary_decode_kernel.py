@@ -167,13 +167,20 @@ def _load_block(
 
 
 @triton.jit
-def _ask_for(cache_ptr, page, inside, page_stride, slot_stride, BYTES: tl.constexpr):
-    """Asks for BYTES of a cache at each of some places to be brought to the L2 cache."""
-    address = cache_ptr + page.to(tl.int64) * page_stride + inside * slot_stride
+def _ask_for(cache_ptr, page, inside, page_stride, slot_stride, D: tl.constexpr):
+    """Asks for the rows of a cache at some places [N] to be brought to the L2 cache.
+
+    Line by line, a thread each: `cp.async.bulk.prefetch.L2` takes whole rows, but its address is
+    uniform, so that a warp issues it once for every thread, one after the other.
+    """
+    LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (D + LINE - 1) // LINE
+    line = tl.arange(0, triton.next_power_of_2(LINES)) * LINE
+    row = cache_ptr + page.to(tl.int64) * page_stride + inside * slot_stride
     tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [address.to(tl.int64), tl.zeros_like(inside) + BYTES],
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [(row[:, None] + tl.minimum(line, D - 1)[None, :]).to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -209,7 +216,7 @@ def rotary_decode_kernel(
     are for; the program of the last range also takes the new key, and writes it and its value to
     their slot. SPLIT: there can be more than one range; the program that arrives last at `arrived`
     [T, HKV] merges them and sets it back to 0 for the next launch. AHEAD: blocks after a range's
-    first one that are asked for before the wait; rows of 16-bit numbers at multiples of 16 bytes.
+    first one that are asked for before the wait.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -245,8 +252,8 @@ def rotary_decode_kernel(
             there = tl.minimum(start + block * BLOCK_N + n, stop - 1)
             ahead_page = tl.load(table_ptr + there // PAGE)
             inside = there % PAGE
-            _ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, 2 * D)
-            _ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, 2 * DV)
+            _ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, D)
+            _ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, DV)
     g = tl.arange(0, BLOCK_G)
     # Rows past the group repeat its last head and are not stored.
     head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
@@ -280,20 +287,18 @@ def rotary_decode_kernel(
         Q_WEIGHT, FIRST, DTYPE,
     )  # fmt: skip
     query = tl.zeros([BLOCK_G], tl.int32) + position
-    own_score = tl.zeros([BLOCK_G], tl.float32)
-    if last:
-        k_new = _turn(
-            k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-            K_WEIGHT, FIRST, DTYPE,
-        )  # fmt: skip
-        own_score += _own_score(
-            q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
-        )
-        inside = slot % PAGE
-        k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + rows * 0 + d
-        tl.store(k_to, k_new, mask=(rows == 0) & (d < D))
-        v_to = v_cache_ptr + (slot // PAGE) * v_page + inside * v_slot + dv
-        tl.store(v_to, v_new, mask=dv < DV)
+    # No branch: every program loads the new key, or the load would wait for the queries.
+    k_new = _turn(
+        k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
+        K_WEIGHT, FIRST, DTYPE,
+    )  # fmt: skip
+    own_score = _own_score(q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI)
+    own_score = tl.where(last, own_score, float("-inf"))
+    inside = slot % PAGE
+    k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + rows * 0 + d
+    tl.store(k_to, k_new, mask=(rows == 0) & (d < D) & last)
+    v_to = v_cache_ptr + (slot // PAGE) * v_page + inside * v_slot + dv
+    tl.store(v_to, v_new, mask=(dv < DV) & last)
 
     top = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -319,28 +324,26 @@ def rotary_decode_kernel(
         v = _load_block(v_cache_ptr, page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
         top = new_top
 
-    if last:
-        acc, top, total = _add_key(acc, top, total, own_score, v_new)
-        # The sequence's other tokens of this step, where it brings more than one.
-        for earlier in range(tl.maximum(begin, low - known + end), token):
-            row = tl.cast(earlier, tl.int64)
-            k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
-            k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
-            cos, sin = _load_turn(
-                cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
-            )
-            k_weight, k_other_weight = _load_weight(
-                k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT
-            )
-            k_new = _turn(
-                k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF,
-                K_NORM, K_WEIGHT, FIRST, DTYPE,
-            )  # fmt: skip
-            s = _own_score(
-                q, k_new, known - end + earlier, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
-            )
-            v_at = v_ptr + row * v_token + kv_head * v_head + dv
-            acc, top, total = _add_key(acc, top, total, s, tl.load(v_at, mask=dv < DV, other=0.0))
+    acc, top, total = _add_key(acc, top, total, own_score, v_new)
+    # The sequence's other tokens of this step, where it brings more than one.
+    first_new = tl.where(last, tl.maximum(begin, low - known + end), token)
+    for earlier in range(first_new, token):
+        row = tl.cast(earlier, tl.int64)
+        k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
+        k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
+        cos, sin = _load_turn(
+            cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
+        )
+        k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
+        k_new = _turn(
+            k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
+            K_WEIGHT, FIRST, DTYPE,
+        )  # fmt: skip
+        s = _own_score(
+            q, k_new, known - end + earlier, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
+        )
+        v_at = v_ptr + row * v_token + kv_head * v_head + dv
+        acc, top, total = _add_key(acc, top, total, s, tl.load(v_at, mask=dv < DV, other=0.0))
 
     place = token * HKV + kv_head
     kept = (g < GROUP)[:, None] & (dv < DV)[None, :]

@@ -1,7 +1,8 @@
 """A decoding step's attention in one launch: heads turned, written to pages and attended to.
 
-For steps with as many tokens as sequences. With few sequences two launches are twice the latency;
-with many the turned queries need not go through memory.
+For steps with as many tokens as sequences; the kernel says why. What such a step does not change
+is read before the kernel in front has ended: lengths, tables and slots are copied before a step
+begins, earlier keys and values were written by earlier steps.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ def tiles(width: int, itemsize: int, group: int, device: torch.device) -> Tiles:
     width: of a head, a power of 2.
     """
     rows = triton_block(group, 16)
+    # 16 KiB of keys and of values are 64 registers a thread: with some 220 in all two programs
+    # share a multiprocessor, and ranges are cut so that all programs are there at once.
     keys = max(16, min(128, 16384 // (width * itemsize), 4096 // rows))
-    wide = rows * width > 4096
-    return Tiles(keys, 1, 2 * gpu.multiprocessors(device.index or 0), 8 if wide else 4)
+    programs = 2 * gpu.multiprocessors(device.index or 0)
+    return Tiles(keys, 1, programs, 8 if rows * width > 4096 else 4, ahead=2)
 
 
 def holds(q: torch.Tensor, k: torch.Tensor, sequences: int) -> bool:
@@ -103,9 +106,6 @@ def decode_heads(
     if splits > 1:
         met = scratch(q.device, cut.programs, group, value_width)
     merged = min(triton_block(group), max(1, 2048 // block_dv))
-    rows = [n for cache in (k_cache, v_cache) for n in (cache.shape[3], *cache.stride()[:3])]
-    starts = (k_cache.data_ptr(), v_cache.data_ptr())
-    aligned = q.element_size() == 2 and all(n % 8 == 0 for n in (*rows, *(s // 2 for s in starts)))
     cos, sin = (
         q if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (turn.cos, turn.sin)
     )
@@ -123,7 +123,7 @@ def decode_heads(
         Q_WEIGHT=norm.q_weight is not None, K_WEIGHT=norm.k_weight is not None,
         FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, MERGE_G=merged,
         MERGE_S=max(2, min(16, 8192 // (merged * block_dv))),
-        AHEAD=cut.ahead if pdl and aligned else 0,
+        AHEAD=cut.ahead if pdl else 0,
         PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
         num_stages=1, **overlap(pdl), **({"maxnreg": cut.registers} if cut.registers else {}),
     )  # fmt: skip

@@ -4,8 +4,9 @@ Two kernels. Where a sequence brings one token its keys are cut into ranges, so 
 sequences fill the device as well as many short ones (Flash-Decoding, Dao et al., 2023). Where it
 brings more, blocks of queries go over their keys, as in FlashAttention-2 (Dao, 2023). A step with
 as many tokens as sequences is launched as the first alone, any other as both, and each leaves the
-other's sequences alone. Every grid is known from shapes: a CUDA graph holds the launches, the
-lengths stay on the device.
+other's sequences alone. Of the former, all but the widest go to `triton_decode` instead, a single
+launch with the writing of keys. Every grid is known from shapes: a CUDA graph holds the launches,
+the lengths stay on the device.
 """
 
 from __future__ import annotations
