@@ -4,7 +4,7 @@ With few sequences such a step is latency: loads that wait for each other. What 
 step writes, lengths, tables and the keys and values of earlier steps, is fetched before the wait
 for the kernel in front. Then remain: heads, a softmax over a block that lies in registers, and,
 where a sequence is cut into ranges, their meeting. With many sequences the next block is on its
-way, in registers, while one is attended to; three or four programs share a multiprocessor.
+way, in registers, while one is attended to, and programs share a multiprocessor.
 
 A token's own key goes from registers into its score; no program reads what another one writes, but
 for the sums of ranges.
@@ -125,7 +125,7 @@ def _turn(
         if HALF > 0:
             other = weighted(other, scale, other_weight, offset, WEIGHT, FIRST, DTYPE)
     if HALF > 0:
-        # Each product is rounded before the sum, as torch does.
+        # Products are rounded before the sum, as by torch; the compiler may spare one of them.
         turned = (y * cos).to(DTYPE).to(tl.float32) + (other * sin).to(DTYPE).to(tl.float32)
         y = tl.where(d < 2 * HALF, turned, y)
     return y.to(DTYPE)
@@ -243,7 +243,7 @@ def rotary_decode_kernel(
     v_cache_ptr += kv_head * v_cache_head
     key = start + n
     page = tl.load(table_ptr + key // PAGE, mask=key < stop, other=0)
-    # Known a block ahead of the block that it is the address of.
+    # Where the next block lies is known before it is asked for.
     next_page = tl.load(table_ptr + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < stop, other=0)
     k = _load_block(k_cache_ptr, page, key, stop, k_page, k_slot, D, PAGE, BLOCK_D)
     v = _load_block(v_cache_ptr, page, key, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
