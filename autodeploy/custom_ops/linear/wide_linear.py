@@ -1,0 +1,62 @@
+"""A product of some hundred tokens on `wide_kernel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import gpu
+from .arrivals import MAX_TILES, arrivals_of
+from .skinny_config import Tiling
+
+_CHUNK = 64
+
+
+def wide_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    residual: torch.Tensor | None,
+    tiling: Tiling,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [tokens, K] and residual [tokens, columns] -> [tokens, columns], with a given tiling.
+
+    out: None, or what the result is written to, contiguous; it may be the residual.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from .wide_kernel import wide_kernel
+
+    x = x.contiguous()
+    tokens, width = x.shape
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    if out is None:
+        out = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+    block_m, block_n, block_k = tiling.block_m, tiling.block_n, tiling.block_k
+    tiles = -(-columns // block_n) * -(-tokens // block_m)
+    programs = min(tiling.programs or tiles, tiles * -(-width // block_k), MAX_TILES // 2)
+    scratch = arrivals = out
+    if tiles % programs:
+        area = block_n * block_m * (2 if gated else 1)
+        scratch = torch.empty(2 * programs * area, dtype=torch.float32, device=x.device)
+        arrivals = arrivals_of(x.device)
+    pdl = gpu.overlaps_launches()
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    # An absent tensor is never read; any pointer stands for it.
+    wide_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
+        weight, weight if bias is None else bias,
+        out if residual is None else residual.contiguous(), out, scratch, arrivals,
+        tokens, columns,
+        K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=tiling.group,
+        CHUNK=min(_CHUNK, block_m), HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "linear", GATED=gated,
+        EARLY=min(tiling.early, 2 * width) if pdl else 0, WIDE=gpu.interpreted(), PDL=pdl,
+        num_warps=tiling.warps, num_stages=tiling.stages, **options,
+    )  # fmt: skip
+    return out
