@@ -24,7 +24,7 @@ def owner(step, shared, programs):
 
 @triton.jit
 def place(tile, row_tiles, token_tiles, GROUP: tl.constexpr):
-    """Row and token tile: neighbours share GROUP tiles of tokens, so that they meet in the cache."""
+    """Row and token tile. Neighbours share GROUP token tiles, which then stay in the cache."""
     area = GROUP * row_tiles
     begin = tile // area * GROUP
     height = tl.minimum(token_tiles - begin, GROUP)
