@@ -7,7 +7,8 @@ fewer than needed; the steps of those left over are cut into one equal share a p
 Osama et al., 2023). Who is the last to finish a share of a tile adds all of them up.
 
 Tiles of both operands come through TMA, which keeps addresses out of registers and reads zeros past
-an edge. The weight is the tall operand of the matrix instruction and the tokens are the wide one.
+an edge. The weight is the tall operand of the matrix instruction and the tokens are the wide one,
+or the other way round.
 """
 
 import triton
@@ -32,11 +33,23 @@ def place(tile, row_tiles, token_tiles, GROUP: tl.constexpr):
     return inside // height, begin + inside % height
 
 
+@triton.jit
+def multiply(w, values, total, SWAP: tl.constexpr, WIDE: tl.constexpr):
+    """total + w valuesᵀ, or its transpose."""
+    if WIDE:
+        w = w.to(tl.float32)
+        values = values.to(tl.float32)
+    if SWAP:
+        return tl.dot(values, w.T, total)
+    else:
+        return tl.dot(w, values.T, total)
+
+
 @triton.jit(do_not_specialize=["tokens", "outputs"])
 def wide_kernel(
     x, weight, rows, bias, residual, out, scratch, arrivals, tokens, outputs,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +59,8 @@ def wide_kernel(
     weight itself. scratch: float32, two slots a program, for its share of a tile that began before
     its own share and of one that ends after; arrivals: int32 zeros, one per tile that is shared,
     left as zeros. EARLY: bytes of each row of the first tile that are asked for before the wait.
-    CHUNK: tokens that shares are added up for at a time. WIDE: products of float32.
+    CHUNK: tokens that shares are added up for at a time. SWAP: tokens are the tall operand.
+    WIDE: products of float32, for the interpreter, which has none of bfloat16.
     """
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     AREA: tl.constexpr = BLOCK_N * BLOCK_M
@@ -97,20 +111,21 @@ def wide_kernel(
         row = row_tile * BLOCK_N
         token = token_tile * BLOCK_M
 
-        first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if SWAP:
+            first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        else:
+            first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         second = first
         for step in range(low, high):
+            values = x.load([token, step * BLOCK_K])
             w = weight.load([row, step * BLOCK_K])
-            across = x.load([token, step * BLOCK_K]).T
-            if WIDE:
-                w = w.to(tl.float32)
-                across = across.to(tl.float32)
-            first = tl.dot(w, across, first)
+            first = multiply(w, values, first, SWAP, WIDE)
             if GATED:
-                v = weight.load([outputs + row, step * BLOCK_K])
-                if WIDE:
-                    v = v.to(tl.float32)
-                second = tl.dot(v, across, second)
+                w = weight.load([outputs + row, step * BLOCK_K])
+                second = multiply(w, values, second, SWAP, WIDE)
+        if SWAP:
+            first = tl.trans(first)
+            second = tl.trans(second)
 
         column = row + tl.arange(0, BLOCK_N)
         if high - low == STEPS:
