@@ -39,11 +39,12 @@ def wide_linear(
     block_m, block_n, block_k = tiling.block_m, tiling.block_n, tiling.block_k
     tiles = -(-columns // block_n) * -(-tokens // block_m)
     programs = min(tiling.programs or tiles, tiles * -(-width // block_k), MAX_TILES // 2)
-    scratch = arrivals = out
+    arrivals = arrivals_of(x.device)
+    # Of one dtype whether or not it is used: no second kernel is compiled.
+    scratch = arrivals.view(torch.float32)
     if tiles % programs:
         area = block_n * block_m * (2 if gated else 1)
         scratch = torch.empty(2 * programs * area, dtype=torch.float32, device=x.device)
-        arrivals = arrivals_of(x.device)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     # An absent tensor is never read; any pointer stands for it.
