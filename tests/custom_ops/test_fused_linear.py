@@ -145,6 +145,15 @@ def test_tiles_are_shared_among_any_number_of_programs(tiled, device, programs):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_operands_at_odd_addresses_go_through_a_library(tiled, device):
+    tiled(Tiling("wide", block_n=32, block_k=64, block_m=32))
+    given = arguments(70, 40, 64, FORMS["gate"], dtype=torch.float16, device=device)
+    room = torch.empty(given["x"].numel() + 1, dtype=torch.float16, device=device)[1:]
+    given["x"] = room.view(given["x"].shape).copy_(given["x"])
+    assert_close(run(given), given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "tiling",
     [

@@ -19,7 +19,7 @@ from .add_linear import add_linear
 from .arrivals import MAX_TILES, arrivals_of
 from .fused_linear import fused_linear
 from .skinny_config import Tiling, padded, tiling_of
-from .wide_linear import wide_linear
+from .wide_linear import can_be_wide, wide_linear
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -117,10 +117,10 @@ def _product(
         residual = residual.reshape(tokens, -1)
     # One object for both: cuBLAS copies a residual that is not the very tensor it writes.
     out = residual if in_place else None
-    if tiling.kernel == "cublas":
-        y = _with_cublas(x, weight, bias, activation, gated, residual, out)
-    elif tiling.kernel == "wide":
+    if tiling.kernel == "wide" and can_be_wide(x, weight):
         y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
+    elif tiling.kernel in ("cublas", "wide"):
+        y = _with_cublas(x, weight, bias, activation, gated, residual, out)
     else:
         y = skinny_linear(
             x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,

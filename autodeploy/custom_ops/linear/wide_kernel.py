@@ -24,7 +24,7 @@ def owner(step, shared, programs):
 
 
 @triton.jit
-def place(tile, row_tiles, token_tiles, GROUP: tl.constexpr):
+def tile_at(tile, row_tiles, token_tiles, GROUP: tl.constexpr):
     """Row and token tile. Neighbours share GROUP token tiles, which then stay in the cache."""
     area = GROUP * row_tiles
     begin = tile // area * GROUP
@@ -87,7 +87,7 @@ def wide_kernel(
         if rounds == 0:
             tile = begin // STEPS
             step = begin % STEPS
-        row_tile, token_tile = place(tile, row_tiles, token_tiles, GROUP)
+        row_tile, token_tile = tile_at(tile, row_tiles, token_tiles, GROUP)
         # From where a share begins there may be fewer bytes left than are asked for.
         ahead = rows + tl.minimum(step * BLOCK_K, K - EARLY // 2)
         prefetch(ahead, row_tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
@@ -107,7 +107,7 @@ def wide_kernel(
             low = tl.maximum(begin - number * STEPS, 0)
             high = tl.minimum(end - number * STEPS, STEPS)
             tile = dealt + number
-        row_tile, token_tile = place(tile, row_tiles, token_tiles, GROUP)
+        row_tile, token_tile = tile_at(tile, row_tiles, token_tiles, GROUP)
         row = row_tile * BLOCK_N
         token = token_tile * BLOCK_M
 

@@ -13,6 +13,15 @@ from .skinny_config import Tiling
 _CHUNK = 64
 
 
+def can_be_wide(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether tiles of x [tokens, K] and weight [N, K] can come through TMA: 16-byte addresses.
+
+    And whether places in the result fit 31 bits.
+    """
+    aligned = all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in (x, weight))
+    return aligned and x.shape[0] * weight.shape[0] < 2**31
+
+
 def wide_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -26,12 +35,12 @@ def wide_linear(
     """x [tokens, K] and residual [tokens, columns] -> [tokens, columns], with a given tiling.
 
     out: None, or what the result is written to, contiguous; it may be the residual.
+    `can_be_wide` must hold for x and weight.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from .wide_kernel import wide_kernel
 
-    x = x.contiguous()
     tokens, width = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
@@ -49,9 +58,8 @@ def wide_linear(
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     # An absent tensor is never read; any pointer stands for it.
     wide_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
-        weight, weight if bias is None else bias,
+        TensorDescriptor(x, [*x.shape], [width, 1], [block_m, block_k]),
+        TensorDescriptor(weight, [*weight.shape], [width, 1], [block_n, block_k]), weight, weight if bias is None else bias,
         out if residual is None else residual.contiguous(), out, scratch, arrivals,
         tokens, columns,
         K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=tiling.group,
