@@ -59,7 +59,8 @@ def wide_linear(
     # An absent tensor is never read; any pointer stands for it.
     wide_kernel[(programs,)](
         TensorDescriptor(x, [*x.shape], [width, 1], [block_m, block_k]),
-        TensorDescriptor(weight, [*weight.shape], [width, 1], [block_n, block_k]), weight, weight if bias is None else bias,
+        TensorDescriptor(weight, [*weight.shape], [width, 1], [block_n, block_k]),
+        weight, weight if bias is None else bias,
         out if residual is None else residual.contiguous(), out, scratch, arrivals,
         tokens, columns,
         K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=tiling.group,
