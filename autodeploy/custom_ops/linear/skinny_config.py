@@ -24,11 +24,13 @@ class Tiling:
 
     block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
     early: bytes of each weight row that a program asks for before it waits for its predecessor.
-    split and stages mean something to `dot_kernel` only; so does norms: whether it applies a norm
-    itself or finds x normed.
+    split and norms mean something to `dot_kernel` only: norms, whether it applies a norm itself or
+    finds x normed. The last four do to `wide_kernel` only: tokens of a tile, programs that tiles
+    are dealt to (0: one for each), token tiles that are worked on side by side, and whether tokens
+    are the tall operand.
     """
 
-    kernel: Literal["gemv", "dot", "cublas"]
+    kernel: Literal["gemv", "dot", "wide", "cublas"]
     block_n: int = 0
     block_k: int = 0
     split: int = 1
@@ -36,6 +38,10 @@ class Tiling:
     warps: int = 4
     norms: bool = True
     early: int = 0
+    block_m: int = 0
+    programs: int = 0
+    group: int = 8
+    swap: bool = False
 
 
 @functools.cache

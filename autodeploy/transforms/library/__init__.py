@@ -2,6 +2,7 @@
 
 from . import (
     absorb_latent,
+    add_in_place,
     cache,
     canonicalize,
     compile,
@@ -19,6 +20,7 @@ from . import (
 
 __all__ = [
     "absorb_latent",
+    "add_in_place",
     "cache",
     "canonicalize",
     "compile",
