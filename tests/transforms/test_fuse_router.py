@@ -107,7 +107,8 @@ def softmax_along_tokens(x):
 
 
 @pytest.mark.parametrize(
-    "change", [chosen_read_twice, softmax_along_tokens, smallest, along_tokens, softmax_read_twice, no_softmax, double],
+    "change", [smallest, along_tokens, softmax_read_twice, no_softmax, double, chosen_read_twice,
+               softmax_along_tokens],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_near_misses_are_spared(change):

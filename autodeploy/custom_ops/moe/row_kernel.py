@@ -39,7 +39,8 @@ def row_up_kernel(
     PDL: tl.constexpr,
 ):
     """out[p] = activation(weight[index[p]] @ x[p // CHOICES] + bias); one program per pair and
-    BLOCK_N columns. Shapes as in `block_product_kernel`."""
+    BLOCK_N columns. Shapes as in `block_product_kernel`. STAGES: of the loop over depth, if the
+    rows are not read at once."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         # Only now: `row_down_kernel` may begin to read weights when the experts are known.
@@ -55,16 +56,25 @@ def row_up_kernel(
     x += (pair // CHOICES).to(tl.int64) * x_stride
     depth = tl.arange(0, BLOCK_K)
     w_at = weight + expert * w_expert + (row[:, None] * w_row + depth[None, :] * w_column)
-    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
-        if EVEN:
-            x_part = tl.load(x + k + depth)
-            w_tile = tl.load(w_at + k * w_column)
-        else:
-            inside = k + depth < WIDTH
-            x_part = tl.load(x + k + depth, mask=inside, other=0.0)
-            w_tile = tl.load(w_at + k * w_column, mask=exists[:, None] & inside[None, :], other=0.0)
-        total += w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
+    if BLOCK_K >= WIDTH:
+        inside = depth < WIDTH
+        w_tile = tl.load(w_at, mask=exists[:, None] & inside[None, :], other=0.0)
+        # All loads of weights are under way before one is waited for: ptxas mixes them with sums.
+        tl.debug_barrier()
+        x_part = tl.load(x + depth, mask=inside, other=0.0)
+        total = w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
+    else:
+        total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
+            if EVEN:
+                x_part = tl.load(x + k + depth)
+                w_tile = tl.load(w_at + k * w_column)
+            else:
+                inside = k + depth < WIDTH
+                mask = exists[:, None] & inside[None, :]
+                x_part = tl.load(x + k + depth, mask=inside, other=0.0)
+                w_tile = tl.load(w_at + k * w_column, mask=mask, other=0.0)
+            total += w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
     result = tl.sum(total, axis=1)
 
     if HAS_BIAS:
@@ -139,7 +149,9 @@ def row_down_kernel(
     for k in range(0, WIDTH, BLOCK_K):
         following = k + BLOCK_K + depth
         tile += BLOCK_K * w_column
-        next_w = tl.load(tile, mask=some[:, :, None] & (following < WIDTH)[None, None, :], other=0.0)
+        next_w = tl.load(
+            tile, mask=some[:, :, None] & (following < WIDTH)[None, None, :], other=0.0
+        )
         inside = here[:, None] & (k + depth < WIDTH)[None, :]
         x_part = tl.load(x + pair[:, None] * WIDTH + (k + depth)[None, :], mask=inside, other=0.0)
         total += w.to(tl.float32) * x_part.to(tl.float32)[:, None, :]

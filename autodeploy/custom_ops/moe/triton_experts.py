@@ -25,15 +25,23 @@ _MAX_EXPERTS = 1024
 
 @dataclass(frozen=True)
 class RowTile:
-    """Tile of one product for single rows: columns of the result and depth of a step.
+    """Tile of the up product for single rows: columns of the result and depth of a step.
 
-    The down product's columns are those of all choices together; it has no stages.
+    `stages` counts where a row takes several steps.
     """
 
     columns: int
     depth: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class DownTile:
+    """Tile of the down product for single rows: numbers of weights that a program holds at once."""
+
+    numbers: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Tiles:
 
 # While more than EXPERTS_PER_PAIR experts share a pair, two pairs seldom have the same one.
 EXPERTS_PER_PAIR = 4
-ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), RowTile(16, 256, 4, 0)
+# Numbers of a row that a program of the up product reads at once; longer rows take steps.
+WHOLE_ROW = 4096
+ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), DownTile(8192, 4)
 TILES = (
     Tiles(8, 16, BlockTile(64, 128, 4, 3, 1, True), BlockTile(128, 128, 4, 3, 1, True)),
     Tiles(24, 32, BlockTile(64, 128, 4, 3), BlockTile(128, 128, 4, 3)),
@@ -177,8 +187,8 @@ def by_row(
     up: _Product,
     down: _Product,
     residual: torch.Tensor | None = None,
-    up_tile: RowTile = ROW_UP,
-    down_tile: RowTile = ROW_DOWN,
+    up_tile: RowTile | None = None,
+    down_tile: DownTile = ROW_DOWN,
 ) -> torch.Tensor:
     """Every pair by itself."""
     from .row_kernel import row_down_kernel, row_up_kernel
@@ -188,37 +198,44 @@ def by_row(
     shared = {"EXPERTS": up.experts, "CHOICES": choices}
     inner = x.new_empty((tokens * choices, up.columns))
     out = x.new_empty(x.shape)
-    tile = up_tile
-    if up.strides[2] == 1:
-        tile = RowTile(tile.columns, up.depth(tile.depth), tile.warps, tile.stages)
-    else:
-        tile = RowTile(64, 32, tile.warps, tile.stages)
+    tile = up_tile or _up_tile(up)
     row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
         x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **shared,
         BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         **options,
     )  # fmt: skip
-    tile = _beside(down, down_tile, choices)
-    row_down_kernel[(-(-down.columns // tile.columns), tokens)](
+    columns, depth = _beside(down, down_tile, choices)
+    row_down_kernel[(-(-down.columns // columns), tokens)](
         inner, index, weights, down.weight, down.bias, out if residual is None else residual, out,
         *down.strides, **down.plain, **shared, HAS_RESIDUAL=residual is not None,
-        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=tile.columns, BLOCK_K=tile.depth,
-        num_warps=tile.warps, **options,
+        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=columns, BLOCK_K=depth,
+        num_warps=down_tile.warps, **options,
     )  # fmt: skip
     return out
 
 
-def _beside(down: _Product, tile: RowTile, choices: int) -> RowTile:
-    """The down product's tile: `columns` counts those of all choices, which are read together."""
-    padded = 1 << (choices - 1).bit_length()
+def _up_tile(up: _Product) -> RowTile:
+    """Whole rows at once, if they fit; the long side lies along what memory holds together."""
+    if up.strides[2] != 1:
+        return RowTile(64, 32, ROW_UP.warps, ROW_UP.stages)
+    whole = up.depth(1 << 30)
+    if whole <= WHOLE_ROW:
+        return RowTile(WHOLE_ROW // whole, whole, 4, 1)
+    return RowTile(ROW_UP.columns, up.depth(ROW_UP.depth), ROW_UP.warps, ROW_UP.stages)
+
+
+def _beside(down: _Product, tile: DownTile, choices: int) -> tuple[int, int]:
+    """Columns and depth of a step of the down product, which reads all choices side by side."""
+    room = max(16, tile.numbers >> (choices - 1).bit_length())
     if down.strides[2] != 1:
-        return RowTile(64, max(1, 64 // padded), tile.warps, 0)
-    depth = down.depth(tile.depth)
-    # No step past the end of a row, if smaller steps fit.
-    while depth > 128 and down.plain["WIDTH"] % depth:
+        columns = min(64, room)
+        return columns, max(1, min(64, room // columns))
+    width = down.plain["WIDTH"]
+    depth = min(room, down.depth(room))
+    # Whole rows at once, if they fit; if not, no step past their end.
+    while 128 < depth < width and width % depth:
         depth //= 2
-    columns = max(1, tile.columns * tile.depth // (padded * depth))
-    return RowTile(columns, depth, tile.warps, 0)
+    return max(1, room // depth), depth
 
 
 def by_block(

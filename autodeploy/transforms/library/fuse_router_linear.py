@@ -84,9 +84,7 @@ class FuseRouterLinear(Transform):
             shape = norm.meta["val"].shape
             if len(shape) != 2:
                 sizes = [1, -1, shape[-1]]
-                normed = program.call(
-                    aten.reshape.default, normed, sizes, before=place, like=norm
-                )
+                normed = program.call(aten.reshape.default, normed, sizes, before=place, like=norm)
             norm.replace_all_uses_with(normed)
 
 
@@ -144,6 +142,8 @@ def _norm(x: fx.Node) -> fx.Node | None:
     flat = after.dim() == 2 or (after.dim() == 3 and isinstance(after.shape[0], int))
     if not flat or (after.dim() == 3 and after.shape[0] != 1) or after.shape[-1] != width:
         return None
-    if weight is not None and (weight.op != "get_attr" or weight.meta["val"].dtype is not x.meta["val"].dtype):
+    if weight is not None and (
+        weight.op != "get_attr" or weight.meta["val"].dtype is not x.meta["val"].dtype
+    ):
         return None
     return norm if before.dtype is after.dtype is x.meta["val"].dtype else None
