@@ -70,7 +70,9 @@ class FuseExpertSum(Transform):
             old.replace_all_uses_with(new)
             total.replace_all_uses_with(part)
         else:
-            shaped = program.call(part.target, new, *part.args[1:], before=place, like=part)
+            shaped = program.call(
+                aten.reshape.default, new, *part.args[1:], before=place, like=part
+            )
             total.replace_all_uses_with(shaped)
         program.graph.erase_node(total)
 
@@ -109,8 +111,8 @@ def _only(node: fx.Node) -> bool:
 
 def _alike(part: fx.Node, residual: fx.Node, old: fx.Node) -> bool:
     """Both summands are rows [.., H] of one shape and dtype, and so are the experts'."""
-    ours, theirs, rows = (n.meta.get("val") for n in (part, residual, old))
-    if not all(isinstance(v, torch.Tensor) for v in (ours, theirs, rows)):
+    ours, theirs, rows = (node.meta["val"] for node in (part, residual, old))
+    if not isinstance(theirs, torch.Tensor):
         return False
     # Symbols compare by expression: never ask the shape environment, which would guard.
     return (
