@@ -152,6 +152,9 @@ def row_down_kernel(
         next_w = tl.load(
             tile, mask=some[:, :, None] & (following < WIDTH)[None, None, :], other=0.0
         )
+        if BLOCK_K < WIDTH:
+            # The next tile is under way before this one is waited for, see `row_up_kernel`.
+            tl.debug_barrier()
         inside = here[:, None] & (k + depth < WIDTH)[None, :]
         x_part = tl.load(x + pair[:, None] * WIDTH + (k + depth)[None, :], mask=inside, other=0.0)
         total += w.to(tl.float32) * x_part.to(tl.float32)[:, None, :]
