@@ -1,9 +1,10 @@
 """experts in Triton: routed on the device, so that a CUDA graph can hold it.
 
 A token or two: every pair of a token and a choice reads its expert's weights by itself, in two
-launches. More: pairs are sorted by expert into blocks of rows, then two products over blocks and a
-sum over choices. The grid is for the most blocks there could be; programs beyond the actual number
-end at once. Which tiles are used depends on how many pairs an expert has on average.
+launches; the second begins to read when it knows the experts, before the first is done. More: pairs
+are sorted by expert into blocks of rows, then two products over blocks and a sum over choices. The
+grid is for the most blocks there could be; programs beyond the actual number end at once. Which
+tiles are used depends on how many pairs an expert has on average.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ def _beside(down: _Product, tile: DownTile, choices: int) -> tuple[int, int]:
     """Columns and depth of a step of the down product, which reads all choices side by side."""
     room = max(16, tile.numbers >> (choices - 1).bit_length())
     if down.strides[2] != 1:
-        columns = min(64, room)
+        # Columns lie together: as few as a piece of memory has, for more programs.
+        columns = min(32, room)
         return columns, max(1, min(64, room // columns))
     width = down.plain["WIDTH"]
     depth = min(room, down.depth(room))
@@ -278,10 +280,12 @@ def _block_product(
     options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
     grid = order.max_blocks * -(-product.columns // tile.columns)
     depth = product.depth(tile.depth)
+    # Larger blocks are bound by what they compute.
+    early = product.early(2 * depth * tile.stages) if known and order.rows <= 32 else 0
     block_product_kernel[(grid,)](
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
         out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
         CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=tile.group,
-        SWAP=tile.swap, KNOWN=known, EARLY=product.early(2 * depth * tile.stages) if known else 0,
-        num_warps=tile.warps, num_stages=tile.stages, **options,
+        SWAP=tile.swap, KNOWN=known, EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
+        **options,
     )  # fmt: skip
