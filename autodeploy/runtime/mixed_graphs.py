@@ -1,0 +1,120 @@
+"""CUDA graphs of mixed steps, in which some sequences bring prompt tokens and others decode.
+
+Launched kernel by kernel, such a step takes the host as long as it has kernels: some 8 ms for 32
+layers, where the device needs 6 for 160 tokens. No grid depends on lengths, so a graph holds for
+every step of at most so many tokens, sequences and rows of logits; what is not there is padding.
+
+    tokens     0 1 2 3 | 4 | 5 6 7 | - -      in the null page, and of no sequence
+    sequences  a         b   c       - - -    without tokens, in the spare slot
+    logits     3 4 7 - - -                    of token 0, read by nobody
+
+A padded token costs its share of the products, a padded row its share of the head: both are small
+while weights are what a step reads. A padded sequence costs each attention launch a block that
+ends at once, and takes a long sequence's chance to be cut into ranges: hence few rows for few.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from autodeploy.custom_ops.contract import Contract
+
+from .batch import StepPlan
+from .graphs import DecodeGraph
+
+MOST_TOKENS = 1024
+"""A step of more is worth no graph, whatever the model."""
+ROWS = (8, 64)
+"""Numbers of sequences that have graphs of their own, beside as many as there can be."""
+LEAST_PROMPT = 8
+"""Tokens more than sequences: a step with as many of both is taken for a decoding one by ops."""
+CALL_SECONDS = 40e-6
+"""Of the host, for one call of the program's: two or so launches of 15 to 25 us."""
+FLOPS = 700e12
+"""What large products reach on an H200. Slower devices hide launches behind fewer tokens; there the
+largest graphs are of no use, and do no harm."""
+TABLE_ROWS = "table_rows"
+"""Staged beside a step's inputs: the row of each sequence in the device's block tables."""
+SLACK = 1.5
+"""The host has more to do than to launch: where both take as long, it is still the slower one."""
+
+
+@dataclass(frozen=True, order=True)
+class MixedSize:
+    """What a graph has room for."""
+
+    tokens: int
+    rows: int
+    """Sequences, and rows of logits; fewer than tokens."""
+
+
+def useful_tokens(contract: Contract, most: int) -> int:
+    """Tokens, at most `most`, that a device computes while the host launches the step.
+
+    A longer step hides its launches behind the one before it. Where the program's cost is not
+    known, `MOST_TOKENS`.
+    """
+    most = min(most, MOST_TOKENS)
+    cost = contract.cost
+    if cost is None or not cost.token_flops or not contract.calls:
+        return most
+    return min(most, int(SLACK * contract.calls * CALL_SECONDS * FLOPS / cost.token_flops))
+
+
+def mixed_sizes(most_tokens: int, most_rows: int) -> list[MixedSize]:
+    """Sizes to capture, ascending: padding is at most 32 tokens, or a fifth of a large step.
+
+    46 for 1024 tokens and 256 rows, 34 for 512.
+    """
+    tokens = [*range(32, 257, 32), *range(320, 513, 64), *range(640, 1025, 128)]
+    return sorted(
+        {
+            MixedSize(count, min(rows, most_rows, count - LEAST_PROMPT))
+            for count in tokens
+            if count <= most_tokens
+            for rows in (*ROWS, most_rows)
+        }
+    )
+
+
+class MixedGraphs:
+    """The graphs that were captured; a step goes to the smallest that has room for it."""
+
+    def __init__(self, graphs: Mapping[MixedSize, DecodeGraph]) -> None:
+        self._graphs = dict(graphs)
+        self._sizes = sorted(self._graphs)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def find(self, plan: StepPlan) -> DecodeGraph | None:
+        """None if the step has more of anything than each graph has room for."""
+        rows = max(len(plan), len(plan.logit_index))
+        at = bisect_left(self._sizes, MixedSize(plan.num_tokens, rows))
+        for size in self._sizes[at:]:
+            if size.rows >= rows:
+                return self._graphs[size]
+        return None
+
+
+def pad_mixed(arrays: Mapping[str, np.ndarray], plan: StepPlan, spare: int) -> None:
+    """Fills what a step leaves of the arrays of a larger one (see `StepInputs.shapes`).
+
+    spare: the slot and table row of sequences that are not there.
+    """
+    tokens, sequences = plan.num_tokens, len(plan)
+    for name, array in arrays.items():
+        if name == "cu_q":
+            array[sequences + 1 :] = tokens
+        elif name == "kv_len":
+            array[sequences:] = 0
+        elif name == "logit_index":
+            array[len(plan.logit_index) :] = 0
+        elif name in ("state_slot", TABLE_ROWS):
+            array[sequences:] = spare
+        else:
+            array[..., tokens:] = 1 if name == "known_len" else 0
