@@ -2,17 +2,15 @@
 
 What the host knows of a step is a few numbers per sequence. They are written to pinned memory,
 sent in one copy, and everything else happens on the device: block tables live there, and so do
-tokens that were just sampled. A step that a captured graph has room for is that copy and one
-launch: decoding steps go by their number of sequences (`graphs`), others by their number of tokens
-(`mixed_graphs`).
+tokens that were just sampled. A step of a captured size is that copy and one launch: decoding
+steps go by their number of sequences (`graphs.py`), others by that of tokens (`mixed_graphs.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +19,14 @@ from torch import Tensor
 from .batch import StepInputs, StepPlan
 from .device_tables import DeviceTables
 from .graphs import DecodeGraph, graph_sizes
-from .mixed_graphs import TABLE_ROWS, MixedGraphs, MixedSize, pad_mixed
+from .mixed_graphs import MixedGraphs, MixedSize
 from .pages import BlockTables
 from .relay import TokenRelay
 from .runner import ModelRunner
 from .staging import Staging
 
 _log = logging.getLogger("autodeploy")
+_ROWS = "table_rows"
 
 
 @dataclass
@@ -51,7 +50,7 @@ class DeviceStep:
         runner: packed, its caches allocated with one slot more than `num_slots`, for padding.
         num_slots: requests that run at once.
         sizes: numbers of sequences to capture decoding steps for; empty: none.
-        mixed_sizes: of other steps to capture; empty: none.
+        mixed_sizes: of steps with prompt tokens to capture; empty: none.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class DeviceStep:
         self._mixed: Staging | None = None
         self._mixed_sizes = (0, 0, 0)
         self._graphs: dict[int, DecodeGraph] = {}
-        self._pool: Any = None
         self._size_of = graph_sizes(sizes, num_slots)
-        # The largest first: the others fit into the memory that it took.
-        self._mixed_graphs = self._capture_mixed(sorted(mixed_sizes, reverse=True))
+        self._mixed_graphs = MixedGraphs(
+            runner, self._inputs, self._tables, self._relay, num_slots, mixed_sizes
+        )
         if sizes:
             self._capture(sorted(sizes, reverse=True))
 
@@ -89,10 +88,10 @@ class DeviceStep:
                 return self._replay(graph, plan)
             self.counts.missed += bool(self._graphs)
         else:
-            graph = self._mixed_graphs.find(plan)
-            if graph is not None:
+            logits = self._mixed_graphs.launch(plan)
+            if logits is not None:
                 self.counts.mixed_replayed += 1
-                return self._replay_mixed(graph, plan)
+                return logits
             self.counts.mixed += 1
         return self._run(plan)
 
@@ -102,21 +101,12 @@ class DeviceStep:
 
     def _replay(self, graph: DecodeGraph, plan: StepPlan) -> Tensor:
         arrays = graph.staging.next()
-        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != TABLE_ROWS})
-        arrays[TABLE_ROWS][: len(plan)] = plan.slots
+        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != _ROWS})
+        arrays[_ROWS][: len(plan)] = plan.slots
         self._pad(arrays, len(plan), graph.size)
         graph.staging.send()
         graph.replay()
         return graph.logits[: len(plan)]
-
-    def _replay_mixed(self, graph: DecodeGraph, plan: StepPlan) -> Tensor:
-        arrays = graph.staging.next()
-        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != TABLE_ROWS})
-        arrays[TABLE_ROWS][: len(plan)] = plan.slots
-        pad_mixed(arrays, plan, self._num_slots)
-        graph.staging.send()
-        graph.replay()
-        return graph.logits[: len(plan.logit_index)]
 
     def _pad(self, arrays: dict[str, np.ndarray], used: int, size: int) -> None:
         """Sequences that are not there: one token each, in the null page and the spare slot."""
@@ -127,7 +117,7 @@ class DeviceStep:
                 array[used + 1 :] = np.arange(used + 1, size + 1)
             elif name == "logit_index":
                 array[used:] = np.arange(used, size)
-            elif name in ("state_slot", TABLE_ROWS):
+            elif name in ("state_slot", _ROWS):
                 array[used:] = self._num_slots
             else:
                 array[..., used:] = 1 if name in ("kv_len", "known_len") else 0
@@ -137,8 +127,8 @@ class DeviceStep:
         tokens, sequences, rows = plan.num_tokens, len(plan), len(plan.logit_index)
         staging = self._room_for(tokens, sequences, rows)
         arrays = staging.next()
-        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != TABLE_ROWS})
-        arrays[TABLE_ROWS][:sequences] = plan.slots
+        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != _ROWS})
+        arrays[_ROWS][:sequences] = plan.slots
         staging.send()
         inputs = {}
         for name, (shape, _) in self._inputs.shapes(tokens, sequences, rows).items():
@@ -146,7 +136,7 @@ class DeviceStep:
         if plan.unresolved:
             inputs["input_ids"] = self._relay.fill(inputs["input_ids"])
         width = self._inputs.table_width(plan)
-        return self._call(inputs, staging.tensors[TABLE_ROWS][:sequences], width)
+        return self._call(inputs, staging.tensors[_ROWS][:sequences], width)
 
     def _room_for(self, tokens: int, sequences: int, rows: int) -> Staging:
         sizes = (tokens, sequences, rows)
@@ -162,7 +152,7 @@ class DeviceStep:
 
     def _staging(self, tokens: int, sequences: int, rows: int) -> Staging:
         shapes = self._inputs.shapes(tokens, sequences, rows)
-        return Staging({**shapes, TABLE_ROWS: ((sequences,), np.int64)}, self._device)
+        return Staging({**shapes, _ROWS: ((sequences,), np.int64)}, self._device)
 
     def _call(self, inputs: dict[str, Tensor], table_rows: Tensor, width: int | None) -> Tensor:
         for name in self._runner.contract.metadata:
@@ -174,52 +164,26 @@ class DeviceStep:
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:
         logits: Tensor | None = None
+        pool = self._mixed_graphs.pool
         for size in sizes:
             staging = self._staging(size, size, size)
             arrays = staging.next()
             self._pad_all(arrays, size)
             staging.send()
-            step = self._captured(staging)
+
+            def step(staging: Staging = staging) -> Tensor:
+                given = {n: t for n, t in staging.tensors.items() if n != _ROWS}
+                if "input_ids" in given:
+                    given["input_ids"] = self._relay.fill(given["input_ids"])
+                return self._call(given, staging.tensors[_ROWS], None)
+
             if logits is None:
                 first = step()
                 logits = torch.empty_like(first)
                 del first
-            graph = DecodeGraph.capture(step, size, staging, logits[:size], self._pool)
-            self._pool = graph.pool
+            graph = DecodeGraph.capture(step, size, staging, logits[:size], pool)
+            pool = graph.pool
             self._graphs[size] = graph
-
-    @torch.inference_mode()
-    def _capture_mixed(self, sizes: Sequence[MixedSize]) -> MixedGraphs:
-        graphs: dict[MixedSize, DecodeGraph] = {}
-        logits: Tensor | None = None
-        nothing = StepPlan(self._num_slots)
-        for size in sizes:
-            staging = self._staging(size.tokens, size.rows, size.rows)
-            arrays = staging.next()
-            if "cu_q" in arrays:
-                arrays["cu_q"][0] = 0
-            pad_mixed(arrays, nothing, self._num_slots)
-            staging.send()
-            step = self._captured(staging)
-            if logits is None:
-                first = step()
-                logits = first.new_empty((max(s.rows for s in sizes), first.shape[1]))
-                del first
-            graph = DecodeGraph.capture(step, size.rows, staging, logits[: size.rows], self._pool)
-            self._pool = graph.pool
-            graphs[size] = graph
-        return MixedGraphs(graphs)
-
-    def _captured(self, staging: Staging) -> Callable[[], Tensor]:
-        """The step whose inputs are those that `staging` sent last."""
-
-        def step() -> Tensor:
-            given = {n: t for n, t in staging.tensors.items() if n != TABLE_ROWS}
-            if "input_ids" in given:
-                given["input_ids"] = self._relay.fill(given["input_ids"])
-            return self._call(given, staging.tensors[TABLE_ROWS], None)
-
-        return step
 
     def _pad_all(self, arrays: dict[str, np.ndarray], size: int) -> None:
         if "cu_q" in arrays:

@@ -16,15 +16,23 @@ ends at once, and takes a long sequence's chance to be cut into ranges: hence fe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from autodeploy.custom_ops.contract import Contract
 
-from .batch import StepPlan
+from .batch import StepInputs, StepPlan
+from .device_tables import DeviceTables
 from .graphs import DecodeGraph
+from .relay import TokenRelay
+from .runner import ModelRunner
+from .staging import Staging
 
 MOST_TOKENS = 1024
 """A step of more is worth no graph, whatever the model."""
@@ -37,10 +45,9 @@ CALL_SECONDS = 40e-6
 FLOPS = 700e12
 """What large products reach on an H200. Slower devices hide launches behind fewer tokens; there the
 largest graphs are of no use, and do no harm."""
-TABLE_ROWS = "table_rows"
-"""Staged beside a step's inputs: the row of each sequence in the device's block tables."""
 SLACK = 1.5
 """The host has more to do than to launch: where both take as long, it is still the slower one."""
+_ROWS = "table_rows"
 
 
 @dataclass(frozen=True, order=True)
@@ -82,23 +89,84 @@ def mixed_sizes(most_tokens: int, most_rows: int) -> list[MixedSize]:
 
 
 class MixedGraphs:
-    """The graphs that were captured; a step goes to the smallest that has room for it."""
+    """Captures steps of some sizes, and runs a step as the smallest that has room for it.
 
-    def __init__(self, graphs: Mapping[MixedSize, DecodeGraph]) -> None:
-        self._graphs = dict(graphs)
-        self._sizes = sorted(self._graphs)
+    Args:
+        runner, inputs, tables, relay: those of the other steps.
+        num_slots: the slot, and the row of the block tables, of sequences that are not there.
+        sizes: to capture, the largest first: the others fit into the memory that it took.
+    """
 
-    def __len__(self) -> int:
-        return len(self._sizes)
+    def __init__(
+        self,
+        runner: ModelRunner,
+        inputs: StepInputs,
+        tables: DeviceTables,
+        relay: TokenRelay,
+        num_slots: int,
+        sizes: Iterable[MixedSize],
+    ) -> None:
+        self._runner = runner
+        self._inputs = inputs
+        self._tables = tables
+        self._relay = relay
+        self._num_slots = num_slots
+        self._sizes = sorted(sizes)
+        self._graphs: dict[MixedSize, tuple[Staging, DecodeGraph]] = {}
+        self.pool: Any = None
+        """Memory that other graphs may share."""
+        self._capture()
 
-    def find(self, plan: StepPlan) -> DecodeGraph | None:
-        """None if the step has more of anything than each graph has room for."""
-        rows = max(len(plan), len(plan.logit_index))
-        at = bisect_left(self._sizes, MixedSize(plan.num_tokens, rows))
-        for size in self._sizes[at:]:
-            if size.rows >= rows:
-                return self._graphs[size]
-        return None
+    def launch(self, plan: StepPlan) -> Tensor | None:
+        """Logits [N, vocab] as of `DeviceStep.forward`; None if no graph has room for the step."""
+        size = self._room_for(plan.num_tokens, max(len(plan), len(plan.logit_index)))
+        if size is None:
+            return None
+        staging, graph = self._graphs[size]
+        self._stage(staging, plan)
+        graph.replay()
+        return graph.logits[: len(plan.logit_index)]
+
+    def _room_for(self, tokens: int, rows: int) -> MixedSize | None:
+        at = bisect_left(self._sizes, MixedSize(tokens, rows))
+        return next((size for size in self._sizes[at:] if size.rows >= rows), None)
+
+    def _stage(self, staging: Staging, plan: StepPlan) -> None:
+        arrays = staging.next()
+        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != _ROWS})
+        arrays[_ROWS][: len(plan)] = plan.slots
+        pad_mixed(arrays, plan, self._num_slots)
+        staging.send()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        logits: Tensor | None = None
+        for size in reversed(self._sizes):
+            shapes = self._inputs.shapes(size.tokens, size.rows, size.rows)
+            staging = Staging(
+                {**shapes, _ROWS: ((size.rows,), np.int64)}, self._runner.contract.device
+            )
+            # All of it padding.
+            self._stage(staging, StepPlan(self._num_slots).seal())
+            step = partial(self._step, staging)
+            if logits is None:
+                first = step()
+                logits = first.new_empty((max(s.rows for s in self._sizes), first.shape[1]))
+                del first
+            graph = DecodeGraph.capture(step, size.rows, staging, logits[: size.rows], self.pool)
+            self.pool = graph.pool
+            self._graphs[size] = staging, graph
+
+    def _step(self, staging: Staging) -> Tensor:
+        """What a graph holds: the step whose numbers were sent last."""
+        inputs = {name: tensor for name, tensor in staging.tensors.items() if name != _ROWS}
+        if "input_ids" in inputs:
+            inputs["input_ids"] = self._relay.fill(inputs["input_ids"])
+        for name in self._runner.contract.metadata:
+            if name.startswith("block_table_"):
+                group = name.removeprefix("block_table_")
+                inputs[name] = self._tables.rows(group, staging.tensors[_ROWS], None)
+        return self._runner.forward(inputs)
 
 
 def pad_mixed(arrays: Mapping[str, np.ndarray], plan: StepPlan, spare: int) -> None:
@@ -114,7 +182,7 @@ def pad_mixed(arrays: Mapping[str, np.ndarray], plan: StepPlan, spare: int) -> N
             array[sequences:] = 0
         elif name == "logit_index":
             array[len(plan.logit_index) :] = 0
-        elif name in ("state_slot", TABLE_ROWS):
+        elif name in ("state_slot", _ROWS):
             array[sequences:] = spare
         else:
             array[..., tokens:] = 1 if name == "known_len" else 0

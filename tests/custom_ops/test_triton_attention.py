@@ -148,7 +148,7 @@ def test_as_many_tokens_as_sequences_need_not_be_one_each(counts):
 
 
 @pytest.mark.parametrize("extra", [1, 5, 40, 150])
-@pytest.mark.parametrize("counts", [[9, 1, 0, 0], [1, 12], [3], [1, 2, 1], [0, 2, 0]])
+@pytest.mark.parametrize("counts", [[9, 1, 0, 0], [1, 12], [3], [1, 2, 1], [0, 2, 0, 0]])
 def test_rows_that_no_sequence_owns_are_zeros(counts, extra):
     arguments = step([max(1, 30 + count) for count in counts], counts, (6, 2, 24, 96))
     expected = paged_attention.reference(**arguments)
