@@ -1,8 +1,9 @@
-"""DeviceStep: runs a step on an accelerator, decoding ones as CUDA graphs.
+"""DeviceStep: runs a step on an accelerator, if it can as one CUDA graph.
 
 What the host knows of a step is a few numbers per sequence. They are written to pinned memory,
 sent in one copy, and everything else happens on the device: block tables live there, and so do
-tokens that were just sampled. A decoding step of a captured size is that copy and one launch.
+tokens that were just sampled. A step of a captured size is that copy and one launch: decoding
+steps go by their number of sequences (`graphs.py`), others by that of tokens (`mixed_graphs.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .batch import StepInputs, StepPlan
 from .device_tables import DeviceTables
 from .graphs import DecodeGraph, graph_sizes
+from .mixed_graphs import MixedGraphs, MixedSize
 from .pages import BlockTables
 from .relay import TokenRelay
 from .runner import ModelRunner
@@ -32,10 +34,13 @@ class GraphCounts:
     """Steps by how they ran."""
 
     replayed: int = 0
+    """Decoding steps that were a graph."""
     missed: int = 0
     """Decoding steps that no captured graph has the size for."""
+    mixed_replayed: int = 0
+    """Steps with prompt tokens that were a graph."""
     mixed: int = 0
-    """Steps with prompt tokens, which run without a graph."""
+    """Steps with prompt tokens that ran without one."""
 
 
 class DeviceStep:
@@ -45,10 +50,16 @@ class DeviceStep:
         runner: packed, its caches allocated with one slot more than `num_slots`, for padding.
         num_slots: requests that run at once.
         sizes: numbers of sequences to capture decoding steps for; empty: none.
+        mixed_sizes: of steps with prompt tokens to capture; empty: none.
     """
 
     def __init__(
-        self, runner: ModelRunner, tables: BlockTables, num_slots: int, sizes: Sequence[int]
+        self,
+        runner: ModelRunner,
+        tables: BlockTables,
+        num_slots: int,
+        sizes: Sequence[int],
+        mixed_sizes: Sequence[MixedSize] = (),
     ) -> None:
         self.counts = GraphCounts()
         self._runner = runner
@@ -61,6 +72,9 @@ class DeviceStep:
         self._mixed_sizes = (0, 0, 0)
         self._graphs: dict[int, DecodeGraph] = {}
         self._size_of = graph_sizes(sizes, num_slots)
+        self._mixed_graphs = MixedGraphs(
+            runner, self._inputs, self._tables, self._relay, num_slots, mixed_sizes
+        )
         if sizes:
             self._capture(sorted(sizes, reverse=True))
 
@@ -74,6 +88,10 @@ class DeviceStep:
                 return self._replay(graph, plan)
             self.counts.missed += bool(self._graphs)
         else:
+            logits = self._mixed_graphs.launch(plan)
+            if logits is not None:
+                self.counts.mixed_replayed += 1
+                return logits
             self.counts.mixed += 1
         return self._run(plan)
 
@@ -146,7 +164,7 @@ class DeviceStep:
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:
         logits: Tensor | None = None
-        pool = None
+        pool = self._mixed_graphs.pool
         for size in sizes:
             staging = self._staging(size, size, size)
             arrays = staging.next()

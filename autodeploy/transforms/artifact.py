@@ -321,6 +321,7 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "lengths": None if contract.lengths is None else dataclasses.asdict(contract.lengths),
         "eager": list(contract.eager),
         "cost": contract.cost,
+        "calls": contract.calls,
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -354,4 +355,5 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         lengths=None if rule is None else LengthRule(**rule | {"steps": tuple(rule["steps"])}),
         eager=tuple(data["eager"]),
         cost=msgspec.convert(data["cost"], Cost | None),
+        calls=data["calls"],
     )

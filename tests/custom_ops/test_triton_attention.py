@@ -1,5 +1,6 @@
 """paged_attention in Triton against its reference: one token a sequence, and any number."""
 
+import contextlib
 import itertools
 import random
 
@@ -149,6 +150,30 @@ def test_the_number_of_ranges_changes_nothing(monkeypatch, programs, least):
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1], [1, 1, 1], [0, 0, 3]])
 def test_as_many_tokens_as_sequences_need_not_be_one_each(counts):
     check(step([150, 40, 77], counts, (4, 2, 16, 16)))
+
+
+@pytest.mark.parametrize("extra", [1, 5, 40, 150])
+@pytest.mark.parametrize("counts", [[9, 1, 0, 0], [1, 12], [3], [1, 2, 1], [0, 2, 0, 0]])
+def test_rows_that_no_sequence_owns_are_zeros(counts, extra):
+    arguments = step([max(1, 30 + count) for count in counts], counts, (6, 2, 24, 96))
+    expected = paged_attention.reference(**arguments)
+    for name in ("q", "k", "v", "slot"):
+        # Each writes what the first token writes, and where.
+        arguments[name] = torch.cat((arguments[name], *[arguments[name][:1]] * extra))
+    with filled_with_nan():
+        found = TRITON(**arguments)
+    torch.testing.assert_close(found[: sum(counts)], expected, **CLOSE[torch.float32])
+    assert not found[sum(counts) :].any()
+
+
+@contextlib.contextmanager
+def filled_with_nan():
+    """Memory that is asked for uninitialised has no numbers in it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_many_short_sequences_of_any_number_of_tokens():

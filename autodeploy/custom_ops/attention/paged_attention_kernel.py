@@ -268,14 +268,35 @@ def find_block(cu_q_ptr, sequences, block, TOKENS: tl.constexpr):
     return low, begin, end, begin + (block - (begin // TOKENS + low)) * TOKENS
 
 
+@triton.jit
+def clear_unowned(
+    out_ptr, low, end, first, sequences, tokens, kv_head, HKV: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Zeros for what a block has of the rows after the last sequence, up to `tokens`.
+
+    The last sequence's blocks, used and left over, reach to the end of them (see `find_block`).
+    What was there before could be no numbers, and later layers would write that into pages.
+    """
+    if (low == sequences - 1) & (first + TOKENS > end):
+        m = tl.arange(0, BLOCK_M)
+        dv = tl.arange(0, BLOCK_DV)
+        token = first + m // GROUP
+        unowned = (m < TOKENS * GROUP) & (token >= end) & (token < tokens)
+        row = tl.cast(token, tl.int64) * (HKV * GROUP) + kv_head * GROUP + m % GROUP
+        nothing = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32).to(out_ptr.dtype.element_ty)
+        at = out_ptr + row[:, None] * DV + dv[None, :]
+        tl.store(at, nothing, mask=unowned[:, None] & (dv < DV)[None, :])
+
+
 @triton.jit(
-    do_not_specialize=["table_stride", "sequences", "blocks", "window", "chunk"],
+    do_not_specialize=["table_stride", "sequences", "blocks", "tokens", "window", "chunk"],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
 )
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
     q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_stride, sequences,
-    blocks, scale, unit, softcap, window, chunk,
+    blocks, tokens, scale, unit, softcap, window, chunk,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
@@ -283,7 +304,8 @@ def prefill_kernel(
 ):  # fmt: skip
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, all heads of one kv head.
 
-    See `find_block`. A sequence that brings a single token is left to `decode_kernel`.
+    See `find_block`. A sequence that brings a single token is left to `decode_kernel`. Rows that
+    no sequence owns become zeros.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -293,6 +315,10 @@ def prefill_kernel(
     # The last tokens of a sequence see the most keys: they begin first.
     block = blocks - 1 - tl.program_id(0) // HKV
     low, begin, end, first = find_block(cu_q_ptr, sequences, block, TOKENS)
+    clear_unowned(
+        out_ptr, low, end, first, sequences, tokens, kv_head, HKV, GROUP, TOKENS, DV, BLOCK_M,
+        BLOCK_DV,
+    )  # fmt: skip
     if (first >= end) | (end - begin == 1):
         return
     m = tl.arange(0, BLOCK_M)

@@ -106,8 +106,9 @@ def attend_pages(
 
     q [T, Hq, D] with any strides but the last, which is 1; cu_q, kv_len [B] and block_table
     [B, W] int32; the block table may hold anything after the pages of kv_len; `scale` is above 0.
-    Rows of the result that no sequence owns, from cu_q[B] on, are not written. Not for two streams
-    at a time: the ranges of a sequence meet in memory that launches share.
+    Rows of the result that no sequence owns, from cu_q[B] on, are zeros, but where T is B: there
+    they are not written. Not for two streams at a time: the ranges of a sequence meet in memory
+    that launches share.
     """
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -233,8 +234,8 @@ def launch_prefill(site: _Site, form: Form, tiles: PrefillTiles) -> None:
     blocks = len(site.q) // (tiles.rows // site.group) + site.sequences
     pdl = gpu.overlaps_launches()
     prefill_kernel[(blocks * site.heads,)](
-        *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, *form.numbers,
-        **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
+        *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, len(site.q),
+        *form.numbers, **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
         **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
