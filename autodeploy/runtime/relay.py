@@ -25,7 +25,8 @@ class TokenRelay:
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        """[num_slots + 1] int64; the last is for sequences that only pad a step."""
         self._staging = Staging({"slots": ((num_slots,), np.int64)}, device)
         self._slots = b""
         self._resolve = resolve_tokens.choose(Choice(device, {})).function
@@ -42,8 +43,8 @@ class TokenRelay:
             self._staging.next()["slots"][: len(slots)] = slots
             self._staging.send()
         where = self._staging.tensors["slots"][: len(slots)]
-        self._tokens.index_copy_(0, where, tokens.clamp(min=0))
+        self.tokens.index_copy_(0, where, tokens.clamp(min=0))
 
     def fill(self, input_ids: Tensor) -> Tensor:
         """[1, T] int64 with the tokens that were missing; capturable in a CUDA graph."""
-        return self._resolve(input_ids, self._tokens)
+        return self._resolve(input_ids, self.tokens)

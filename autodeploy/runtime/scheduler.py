@@ -30,6 +30,7 @@ from autodeploy.errors import ConfigError
 from .batch import StepPlan
 from .pages import BlockTables, SlotPool
 from .request import RequestState
+from .steady import SteadyDecode, can_be_steady
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Scheduler:
         self._num_waiting = 0
         self._plan, self._next_plan = (StepPlan(config.max_num_seqs) for _ in range(2))
         self._steady = False
+        self._side_by_side: SteadyDecode | None = None
         self._chunk = min(
             config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens
         )
@@ -133,6 +135,7 @@ class Scheduler:
         """
         if request.finished:
             return
+        self.settle()
         request.finished = True
         self._steady = False
         if forget:
@@ -145,6 +148,7 @@ class Scheduler:
 
     def restart(self, request: RequestState) -> None:
         """All tokens of a running request are computed anew, from the next step on."""
+        self.settle()
         del self.running[bisect_left(self.running, request.key, key=_by_key)]
         self._free(request)
         self.add(request)
@@ -158,6 +162,7 @@ class Scheduler:
         self._plan, self._next_plan = plan, before
         if self._steady and self._follow(before):
             return plan
+        self.settle()
         plan.clear()
         preemptions = self.preemptions
         self._fill()
@@ -170,20 +175,48 @@ class Scheduler:
         )
         return plan
 
+    def steady(self, plan: StepPlan) -> SteadyDecode | None:
+        """What keeps the books of the plan's requests, if not they themselves."""
+        steady = self._side_by_side
+        return steady if steady is not None and steady.states is plan.requests else None
+
+    def keep_together(self, plan: StepPlan) -> SteadyDecode | None:
+        """Begins to keep the books of a launched plan's requests together, if that is possible.
+
+        Only where steps overlap: `schedule` must not want tokens that the plan samples.
+        """
+        if self._steady and plan.follows and can_be_steady(plan.requests):
+            self._side_by_side = SteadyDecode(plan.requests, plan.rows)
+        return self.steady(plan)
+
+    def settle(self) -> None:
+        """Every request keeps its own books again."""
+        if self._side_by_side is not None:
+            self._side_by_side.settle()
+            self._side_by_side = None
+
     def advance(self, plan: StepPlan) -> None:
         """The step is on its way: whatever runs after it finds its tokens in the caches."""
+        steady = self.steady(plan)
+        if steady is not None:
+            steady.launch()
+            return
         for request, end in zip(plan.requests, plan.ends.tolist(), strict=True):
             request.computed = end
+            request.uses += 1
 
     def publish(self, plan: StepPlan) -> None:
         """The step is on its way and the tokens it computes are known: full pages can be shared."""
         if not self.reuses_prefixes:
             return
         page_size = self.config.page_size
+        steady = self.steady(plan)
         first_pages, end_pages = plan.starts // page_size, plan.ends // page_size
         for at in np.flatnonzero(first_pages < end_pages).tolist():
             request, end_page = plan.requests[at], int(end_pages[at])
             if request.slot == plan.slots[at]:
+                if steady is not None:
+                    steady.tell(at)
                 hashes = request.hash_pages(end_page * page_size, page_size)
                 self.tables.publish(request.slot, hashes, int(first_pages[at]), end_page)
 
@@ -193,7 +226,8 @@ class Scheduler:
         No Python per request, but for those that need a page.
         """
         plan, page_size = self._plan, self.config.page_size
-        if not plan.follow(before):
+        unresolved = self.steady(before) is not None or before.requests[0].unresolved
+        if not plan.follow(before, unresolved):
             return False
         slid = False
         for window in self.tables.windows:

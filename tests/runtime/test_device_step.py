@@ -20,11 +20,12 @@ class ReplayedStep:
 
     pool = None
 
-    def __init__(self, step, size, staging, logits):
-        self.step, self.size, self.staging, self.logits = step, size, staging, logits
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+        step()
 
     def replay(self):
-        self.logits.copy_(self.step())
+        self.logits = self.step()
 
 
 @pytest.fixture
@@ -33,10 +34,8 @@ def engine(monkeypatch):
     monkeypatch.setattr(
         device_step.DecodeGraph,
         "capture",
-        staticmethod(lambda step, size, staging, logits, pool: ReplayedStep(
-            step, size, staging, logits
-        )),
-    )  # fmt: skip
+        staticmethod(lambda step, size, pool: ReplayedStep(step, size)),
+    )
     runner = ToyRunner(*GROUPS)
     scheduler = SchedulerConfig(page_size=4, max_num_seqs=6, max_prefill_chunk=7)
     engine = EngineCore(runner, EngineConfig(scheduler, num_pages=60, overlap=True))
@@ -104,11 +103,8 @@ def test_what_the_host_writes_waits_for_the_copy_of_what_was_there():
 def test_a_captured_step_reads_what_is_sent_later():
     device = torch.device("cuda")
     staging = Staging({"x": ((4,), np.int64)}, device)
-    logits = torch.empty(4, device=device)
-    graph = DecodeGraph.capture(
-        lambda: 2.0 * staging.tensors["x"].float(), 4, staging, logits, None
-    )
+    graph = DecodeGraph.capture(lambda: 2.0 * staging.tensors["x"].float(), 4, None)
     staging.next()["x"][:] = [1, 2, 3, 4]
     staging.send()
     graph.replay()
-    assert logits.tolist() == [2.0, 4.0, 6.0, 8.0]
+    assert graph.logits.tolist() == [2.0, 4.0, 6.0, 8.0]
