@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.op import Choice
-from autodeploy.custom_ops.step import resolve_tokens
+from autodeploy.custom_ops.step import relay_tokens, resolve_tokens
 
 from .staging import Staging
 
@@ -29,6 +29,7 @@ class TokenRelay:
         """[num_slots + 1] int64; the last is for sequences that only pad a step."""
         self._staging = Staging({"slots": ((num_slots,), np.int64)}, device)
         self._slots = b""
+        self._relay = relay_tokens.choose(Choice(device, {})).function
         self._resolve = resolve_tokens.choose(Choice(device, {})).function
 
     def write(self, slots: np.ndarray, tokens: Tensor) -> None:
@@ -43,7 +44,7 @@ class TokenRelay:
             self._staging.next()["slots"][: len(slots)] = slots
             self._staging.send()
         where = self._staging.tensors["slots"][: len(slots)]
-        self.tokens.index_copy_(0, where, tokens.clamp(min=0))
+        self._relay(tokens, where, self.tokens)
 
     def fill(self, input_ids: Tensor) -> Tensor:
         """[1, T] int64 with the tokens that were missing; capturable in a CUDA graph."""

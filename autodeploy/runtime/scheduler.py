@@ -18,6 +18,7 @@ import heapq
 import logging
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -108,6 +109,8 @@ class Scheduler:
         self._plan, self._next_plan = (StepPlan(config.max_num_seqs) for _ in range(2))
         self._steady = False
         self._side_by_side: SteadyDecode | None = None
+        self._unpublished: deque[tuple[int, int]] = deque()
+        """Of those kept together: which has filled which page."""
         self._chunk = min(
             config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens
         )
@@ -192,6 +195,7 @@ class Scheduler:
     def settle(self) -> None:
         """Every request keeps its own books again."""
         if self._side_by_side is not None:
+            self._publish_some(self._side_by_side, len(self._unpublished))
             self._side_by_side.settle()
             self._side_by_side = None
 
@@ -210,15 +214,28 @@ class Scheduler:
         if not self.reuses_prefixes:
             return
         page_size = self.config.page_size
-        steady = self.steady(plan)
         first_pages, end_pages = plan.starts // page_size, plan.ends // page_size
-        for at in np.flatnonzero(first_pages < end_pages).tolist():
-            request, end_page = plan.requests[at], int(end_pages[at])
-            if request.slot == plan.slots[at]:
-                if steady is not None:
-                    steady.tell(at)
-                hashes = request.hash_pages(end_page * page_size, page_size)
-                self.tables.publish(request.slot, hashes, int(first_pages[at]), end_page)
+        full = np.flatnonzero(first_pages < end_pages).tolist()
+        steady = self.steady(plan)
+        if steady is None:
+            for at in full:
+                if plan.requests[at].slot == plan.slots[at]:
+                    self._publish(plan.requests[at], int(first_pages[at]), int(end_pages[at]))
+            return
+        self._unpublished += [(at, int(first_pages[at])) for at in full]
+        # Requests of one length fill their pages in the same step. That would be 1 ms for 256 of
+        # them; nobody but a new request looks for these pages, and then all are published.
+        self._publish_some(steady, len(plan) // page_size + 8)
+
+    def _publish_some(self, steady: SteadyDecode, most: int) -> None:
+        for _ in range(min(most, len(self._unpublished))):
+            at, page = self._unpublished.popleft()
+            steady.tell(at)
+            self._publish(steady.states[at], page, page + 1)
+
+    def _publish(self, request: RequestState, first: int, end: int) -> None:
+        hashes = request.hash_pages(end * self.config.page_size, self.config.page_size)
+        self.tables.publish(request.slot, hashes, first, end)
 
     def _follow(self, before: StepPlan) -> bool:
         """Plans one more token of every running request, if that is all there is to do.

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from autodeploy.custom_ops.sampling import argmax_rows, relay_best
-from autodeploy.custom_ops.step import FIELDS, open_step, place_pages, resolve_tokens
+from autodeploy.custom_ops.step import FIELDS, open_step, place_pages, relay_tokens, resolve_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -17,6 +17,18 @@ def test_tokens_that_only_the_device_knows_are_put_in():
     assert torch.equal(resolve_tokens(ids, tokens), expected)
     kernel = resolve_tokens.implementation("triton").function
     assert torch.equal(kernel(ids.to(DEVICE), tokens.to(DEVICE)).cpu(), expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_sampled_tokens_are_kept_by_slot(name):
+    slots = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:300].to(DEVICE)
+    tokens = torch.arange(1000, 1300, device=DEVICE)
+    tokens[7] = -1
+    newest = torch.full((401,), 9, device=DEVICE)
+    expected = newest.clone()
+    expected[slots] = tokens.clamp(min=0)
+    relay_tokens.implementation(name).function(tokens, slots, newest)
+    assert torch.equal(newest, expected)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

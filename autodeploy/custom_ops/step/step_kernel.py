@@ -18,6 +18,16 @@ def resolve_tokens_kernel(input_ids, tokens, out, count, BLOCK: tl.constexpr):
     tl.store(out + at, tl.where(missing, found, ids), mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def relay_tokens_kernel(tokens, slots, newest, count, BLOCK: tl.constexpr):
+    """newest[slots[i]] = tokens[i], or 0 where that is negative."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    token = tl.load(tokens + at, mask=inside, other=0)
+    slot = tl.load(slots + at, mask=inside, other=0)
+    tl.store(newest + slot, tl.where(token < 0, 0, token), mask=inside)
+
+
 @triton.jit(do_not_specialize=["turns", "width", "count"])
 def open_step_kernel(
     letters, turn, newest, out, lengths_out, pages_out, turns, width, count,

@@ -8,6 +8,7 @@ from ..gpu import runs_triton
 from ..op import Choice
 from .open_step import FIELDS, open_step
 from .place_pages import place_pages
+from .relay_tokens import relay_tokens
 from .resolve_tokens import resolve_tokens
 
 
@@ -25,6 +26,16 @@ def resolve_tokens_triton(input_ids: torch.Tensor, tokens: torch.Tensor) -> torc
     grid = (-(-input_ids.numel() // block),)
     resolve_tokens_kernel[grid](input_ids, tokens, out, input_ids.numel(), BLOCK=block)
     return out
+
+
+@relay_tokens.implement("triton", when=_applies, priority=10, capturable=True)
+def relay_tokens_triton(tokens: torch.Tensor, slots: torch.Tensor, newest: torch.Tensor) -> None:
+    """As `relay_tokens`; all contiguous."""
+    from .step_kernel import relay_tokens_kernel
+
+    block = 256
+    grid = (-(-len(tokens) // block),)
+    relay_tokens_kernel[grid](tokens, slots, newest, len(tokens), BLOCK=block)
 
 
 @open_step.implement("triton", when=_applies, priority=10, capturable=True)
