@@ -60,6 +60,40 @@ def test_padded_steps_give_the_tokens_of_each_sequence_alone(engine):
     assert stats.mixed_steps > 0
 
 
+def test_the_devices_tables_are_those_of_the_host_after_every_step(engine):
+    shared = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for n in range(12):
+        params = SamplingParams(temperature=0, max_tokens=3 + 5 * n % 17)
+        prompt = [*shared[: 9 * (n % 2)], n]
+        engine.add(EngineRequest(request_id=str(n), prompt_token_ids=prompt, params=params))
+    tables = engine._scheduler.tables
+    while engine.has_work:
+        engine.step()
+        for state in engine._scheduler.running:
+            for at, (name, table) in enumerate(tables.tables.items()):
+                used = slice(tables._first[at][state.slot], tables.columns(state.slot))
+                told = engine._step._tables.tensors[name][state.slot, used]
+                assert told.tolist() == table[state.slot, used].tolist()
+        assert not any(tables.changes.values())
+    assert engine.stats().graph_replays > 20
+
+
+def test_a_captured_step_chooses_tokens_unless_somebody_asks_for_more(engine):
+    launch, asked = engine._sampler.launch, []
+    engine._sampler.launch = lambda logits, rows: asked.append(len(rows)) or launch(logits, rows)
+    for n, temperature in ((0, 0.0), (1, 0.0), (2, 1.0)):
+        params = SamplingParams(temperature=temperature, max_tokens=20 - 5 * n)
+        engine.add(EngineRequest(request_id=str(n), prompt_token_ids=[n, 2], params=params))
+    sampled = []
+    while engine.has_work:
+        for output in one_by_one(engine.step()):
+            sampled += output.token_ids
+    assert len(sampled) == 20 + 15 + 10
+    # With the third, which draws its tokens, and in no step after it.
+    assert asked == [3] * 10
+    assert engine.stats().waited_seconds >= 0
+
+
 def test_a_step_runs_padded_to_the_next_captured_size():
     assert graph_sizes([4, 1, 8], 10) == [1, 1, 4, 4, 4, 8, 8, 8, 8, 0, 0]
     assert graph_sizes([], 2) == [0, 0, 0]
