@@ -3,10 +3,14 @@ import pytest
 import torch
 from toy_runner import ToyRunner, greedy
 
+from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.sampling import relay_best
+from autodeploy.custom_ops.step import open_step, place_pages
 from autodeploy.runtime import device_step
 from autodeploy.runtime.device_step import DeviceStep
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.graphs import DecodeGraph, default_sizes, graph_sizes
+from autodeploy.runtime.mailbox import Mailbox
 from autodeploy.runtime.messages import EngineRequest, one_by_one
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
@@ -131,6 +135,54 @@ def test_what_the_host_writes_waits_for_the_copy_of_what_was_there():
         staging.send()
         seen.append(staging.tensors["x"].clone())
     assert [x.tolist() for x in seen] == [[step] * 4 for step in range(4 * RING)]
+
+
+def test_captured_steps_pass_tokens_on_and_answer_in_pinned_memory():
+    # A model whose next token is 3 times the last one, plus the position.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    most, size, vocab = 6, 4, 97
+    mailbox = Mailbox(1, most, device)
+    newest = torch.zeros(most + 1, dtype=torch.int64, device=device)
+    table = torch.zeros((most + 1, 40), dtype=torch.int32, device=device)
+    rows = torch.zeros((size, 40), dtype=torch.int32, device=device)
+    choice = Choice(device, {})
+    opened, placed, best = (
+        op.choose(choice).function for op in (open_step, place_pages, relay_best)
+    )
+
+    def step():
+        ids, positions, _, _, slots, pages = opened(mailbox.letters, mailbox.turn, newest, size)
+        placed(table, rows, pages[0], slots, positions, 4)
+        following = (3 * ids + positions)[0] % vocab
+        logits = -(torch.arange(vocab, device=device) - following[:, None]).abs().float()
+        best(logits, slots, mailbox.turn, newest, mailbox.answers)
+        return logits
+
+    capture = (
+        DecodeGraph.capture if device.type == "cuda" else lambda *args: ReplayedStep(*args[:2])
+    )
+    graph = capture(step, size, None)
+    mailbox.start()
+    slots, tokens = np.array([5, 0, 2, 3]), np.array([1, 2, 3, 4])
+    found, expected, waiting = [], [], []
+    for position in range(20):
+        letter = mailbox.next()
+        letter[0, :size], letter[1, :size], letter[3, :size] = slots, position, 1
+        letter[2, :size] = -1 - slots if position else tokens
+        letter[4, :size] = slots + 7
+        graph.replay()
+        mailbox.launched()
+        waiting.append(mailbox.answer(np.arange(size)))
+        if position:
+            # As an engine: while one step runs, the tokens of the one before are read.
+            found.append(waiting[-2].result().token_ids.tolist())
+        tokens = (3 * tokens + position) % vocab
+        expected.append(tokens.tolist())
+    found.append(waiting[-1].result().token_ids.tolist())
+    assert found == expected
+    assert table[slots, :5].tolist() == [[slot + 7] * 5 for slot in slots.tolist()]
+    assert rows[:, :5].tolist() == [[slot + 7] * 5 for slot in slots.tolist()]
+    assert graph.logits.argmax(-1).tolist() == expected[-1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -28,35 +28,37 @@ def relay_tokens_kernel(tokens, slots, newest, count, BLOCK: tl.constexpr):
     tl.store(newest + slot, tl.where(token < 0, 0, token), mask=inside)
 
 
-@triton.jit(do_not_specialize=["turns", "width", "count"])
+@triton.jit(do_not_specialize=["turns", "width", "count", "stride"])
 def open_step_kernel(
-    letters, turn, newest, out, lengths_out, pages_out, turns, width, count,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    letters, turn, newest, out, lengths_out, pages_out, turns, width, count, stride,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: reads letter turn + 1 of `turns`, [4 + GROUPS, width] int32 each.
 
-    out [4, count] int64: ids, positions, known lengths, slots; lengths_out [count] and pages_out
-    [GROUPS, count] int32.
+    out [4, stride] int64: ids, positions, known lengths, slots; lengths_out [count] and pages_out
+    [GROUPS, stride] int32. ROWS: GROUPS as a power of two.
     """
     following = (tl.load(turn) + 1) % turns
     at = tl.arange(0, BLOCK)
     inside = at < count
-    letter = letters + following * (4 + GROUPS) * width + at
-    # All rows are asked for before any is used: each is a round trip to the host's memory.
-    slots = tl.load(letter, mask=inside, other=0)
-    positions = tl.load(letter + width, mask=inside, other=0)
-    ids = tl.load(letter + 2 * width, mask=inside, other=0).to(tl.int64)
-    lengths = tl.load(letter + 3 * width, mask=inside, other=0)
-    for group in tl.static_range(GROUPS):
-        pages = tl.load(letter + (4 + group) * width, mask=inside, other=0)
-        tl.store(pages_out + group * count + at, pages, mask=inside)
+    letter = letters + following * (4 + GROUPS) * width
+    # All is asked for before any is used: each is a round trip to the host's memory.
+    slots = tl.load(letter + at, mask=inside, other=0)
+    positions = tl.load(letter + width + at, mask=inside, other=0)
+    ids = tl.load(letter + 2 * width + at, mask=inside, other=0).to(tl.int64)
+    lengths = tl.load(letter + 3 * width + at, mask=inside, other=0)
+    if GROUPS > 0:
+        group = tl.arange(0, ROWS)[:, None]
+        wanted = (group < GROUPS) & inside[None, :]
+        pages = tl.load(letter + (4 + group) * width + at[None, :], mask=wanted, other=0)
+        tl.store(pages_out + group * stride + at[None, :], pages, mask=wanted)
     missing = inside & (ids < 0)
     found = tl.load(newest + (-1 - ids), mask=missing, other=0)
     tl.store(out + at, tl.where(missing, found, ids), mask=inside)
-    tl.store(out + count + at, positions.to(tl.int64), mask=inside)
+    tl.store(out + stride + at, positions.to(tl.int64), mask=inside)
     known = tl.maximum(lengths, positions + 1)
-    tl.store(out + 2 * count + at, known.to(tl.int64), mask=inside)
-    tl.store(out + 3 * count + at, slots.to(tl.int64), mask=inside)
+    tl.store(out + 2 * stride + at, known.to(tl.int64), mask=inside)
+    tl.store(out + 3 * stride + at, slots.to(tl.int64), mask=inside)
     tl.store(lengths_out + at, positions + 1, mask=inside)
     # Every thread has read the old number before one writes the new.
     tl.debug_barrier()

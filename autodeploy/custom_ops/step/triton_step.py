@@ -46,18 +46,19 @@ def open_step_triton(
     from .step_kernel import open_step_kernel
 
     turns, fields, width = letters.shape
-    groups = fields - len(FIELDS)
-    out = torch.empty((4, sequences), dtype=torch.int64, device=turn.device)
-    lengths = torch.empty(sequences, dtype=torch.int32, device=turn.device)
-    pages = torch.empty((groups, sequences), dtype=torch.int32, device=turn.device)
-    # One size of block for most numbers of sequences: few variants to compile.
+    groups, device = fields - len(FIELDS), turn.device
+    # Every row begins at an address of one kind, so that kernels compile for one kind.
+    stride = -(-sequences // 16) * 16
+    out = torch.empty((4, stride), dtype=torch.int64, device=device)
+    lengths = torch.empty(sequences, dtype=torch.int32, device=device)
+    pages = torch.empty((groups, stride), dtype=torch.int32, device=device)
     block = max(256, 1 << (sequences - 1).bit_length())
     open_step_kernel[(1,)](
-        letters, turn, newest, out, lengths, pages, turns, width, sequences,
-        GROUPS=groups, BLOCK=block, num_warps=8,
+        letters, turn, newest, out, lengths, pages, turns, width, sequences, stride,
+        GROUPS=groups, ROWS=1 << (groups - 1).bit_length(), BLOCK=block, num_warps=8,
     )  # fmt: skip
-    ids, positions, known, slots = out.unbind()
-    return ids[None], positions[None], known[None], lengths, slots, pages
+    ids, positions, known, slots = out[:, :sequences].unbind()
+    return ids[None], positions[None], known[None], lengths, slots, pages[:, :sequences]
 
 
 @place_pages.implement("triton", when=_applies, priority=10, capturable=True)
