@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from . import errors
@@ -79,8 +80,8 @@ class ActiveRequest:
             )
             for _ in range(params.n)
         ]
-        # Nobody waits for a piece of text: it is made at the end, at once.
-        self._defers_text = not streams and not params.stop_strings
+        self.defers_text = not streams and not params.stop_strings
+        """Whether nobody waits for a piece of text, and none matters: it is made at the end."""
         self._unread: list[list[int]] = [[] for _ in range(params.n)]
         # Of each sequence: tokens and characters given out, and whether its end was.
         self._streamed = [(0, 0, False) for _ in range(params.n)]
@@ -111,18 +112,12 @@ class ActiveRequest:
         self.output.finished = all(c.finished for c in self.output.outputs)
         return stop
 
-    def add_token(self, index: int, token_id: int) -> bool:
-        """One more token of sequence `index`, with nothing else to say of it.
-
-        False, and nothing done, if its text may matter now: then `update` must be told.
-        """
-        if not self._defers_text:
-            return False
+    def add_tokens(self, index: int, token_ids: Sequence[int]) -> None:
+        """More tokens of sequence `index`, with nothing else to say of them; if `defers_text`."""
         completion = self.output.outputs[index]
         if completion.finish_reason is None:
-            completion.token_ids.append(token_id)
-            self._unread[index].append(token_id)
-        return True
+            completion.token_ids += token_ids
+            self._unread[index] += token_ids
 
     def _fail(self, completion: CompletionOutput, error: errors.AutodeployError) -> None:
         self.output.error = error

@@ -21,6 +21,7 @@ from .config import DeployConfig
 from .custom_ops.cost import Cost
 from .errors import AutodeployError, ConfigError, EngineDeadError
 from .generation_defaults import GenerationDefaults, defaults_of
+from .held_tokens import Children, HeldTokens
 from .launch import build_executor
 from .outputs import RequestOutput
 from .progress import progress_bar
@@ -32,8 +33,6 @@ from .runtime.sampling_params import SamplingParams
 
 _log = logging.getLogger("autodeploy")
 _POLL_SECONDS = 0.5
-_Children = Mapping[str, tuple[ActiveRequest, int]]
-"""Of which prompt, and which of its sequences, a request of the engine is."""
 
 
 class LLM:
@@ -250,10 +249,11 @@ class LLM:
     def _poll_until_done(
         self,
         active: Sequence[ActiveRequest],
-        children: Mapping[str, tuple[ActiveRequest, int]],
+        children: Children,
         progress: Any,
     ) -> None:
         open_requests = sum(not owner.finished for owner in active)
+        held = HeldTokens(children)
         while open_requests:
             stopped: list[str] = []
             for event in self._executor.poll(_POLL_SECONDS):
@@ -263,9 +263,10 @@ class LLM:
                     self.stats = event
                 elif isinstance(event, TokenBatch):
                     progress.tokens(len(event.token_ids))
-                    for output in _add_tokens(event, children):
+                    for output in held.add(event):
                         open_requests -= _update(output, children, stopped, progress)
                 elif isinstance(event, (TokenOutput, RequestFailed)):
+                    held.hand_out()
                     if isinstance(event, TokenOutput):
                         progress.tokens(len(event.token_ids))
                     open_requests -= _update(event, children, stopped, progress)
@@ -280,21 +281,8 @@ class LLM:
         return error
 
 
-def _add_tokens(batch: TokenBatch, children: _Children) -> list[TokenOutput]:
-    """Gives requests their tokens; returns those that need a closer look.
-
-    For most tokens this loop is the front's whole part of a step.
-    """
-    others = []
-    for request_id, token_id in zip(batch.request_ids, batch.token_ids, strict=True):
-        known = children.get(request_id)
-        if known is not None and not known[0].add_token(known[1], token_id):
-            others.append(TokenOutput(request_id=request_id, token_ids=[token_id]))
-    return others
-
-
 def _update(
-    event: TokenOutput | RequestFailed, children: _Children, stopped: list[str], progress: Any
+    event: TokenOutput | RequestFailed, children: Children, stopped: list[str], progress: Any
 ) -> int:
     """Gives a request its event; returns 1 if that ended all of it, else 0."""
     if event.request_id not in children:

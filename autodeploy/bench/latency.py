@@ -6,6 +6,9 @@ prefill is over, to the moment at which the first request ends; the step is that
 the tokens that came in it, per request. Requests that were prefilled first decode meanwhile, so
 outputs are longer by the steps that prefill takes, and the length reported is the mean number of
 tokens known, over the span and the requests.
+
+The host's own time is what is left of the span without that in which the engine waited for the
+device. As long as it is shorter than the device's it costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 
 from ..errors import EngineError
 from ..llm import LLM
-from ..runtime.messages import EngineEvent, TokenBatch, TokenOutput
+from ..runtime.messages import EngineEvent, EngineStats, TokenBatch, TokenOutput
 from ..runtime.sampling_params import SamplingParams
 from ..transforms.cost import floor_seconds
 from .profile import StepProfile
@@ -35,6 +38,13 @@ class Steady:
     steps: float
     kv: float
     """Mean tokens known of a sequence, the new one included."""
+    waited: float = 0.0
+    """Seconds of the span in which the host did nothing but wait for the device."""
+
+    @property
+    def host_us(self) -> float:
+        """Microseconds a step that the host is busy, the front included if it is in process."""
+        return 1e6 * (self.seconds - self.waited) / self.steps
 
     @property
     def milliseconds(self) -> float:
@@ -54,7 +64,8 @@ class Recorder:
         self._begun: set[str] = set()
         self._tokens = 0
         self._over = False
-        self._span: list[tuple[float, int]] = []
+        self._waited = 0.0
+        self._span: list[tuple[float, int, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
@@ -63,7 +74,7 @@ class Recorder:
         events: list[EngineEvent] = self._executor.poll(timeout)
         now = time.perf_counter()
         if not self._over and self._count(events) and len(self._begun) == self._batch:
-            self._span.append((now, self._tokens))
+            self._span.append((now, self._tokens, self._waited))
             if self._on_step is not None:
                 self._on_step()
         return events
@@ -72,6 +83,8 @@ class Recorder:
         """Notes who has begun and whether one has ended; returns whether tokens came."""
         before = self._tokens
         for event in events:
+            if isinstance(event, EngineStats):
+                self._waited = event.waited_seconds
             if not isinstance(event, (TokenOutput, TokenBatch)):
                 continue
             self._tokens += len(event.token_ids)
@@ -94,10 +107,10 @@ class Recorder:
                 f"no step had all {self._batch} requests decoding; ask for more --steps, or for "
                 "a --max-num-seqs and a cache that hold the batch"
             )
-        (start, before), (end, after) = self._span[0], self._span[-1]
+        (start, before, waited), (end, after, waited_by_end) = self._span[0], self._span[-1]
         steps = (after - before) / self._batch
         kv = prompt + (before + after) / 2 / self._batch - 0.5
-        return Steady(end - start, steps, kv)
+        return Steady(end - start, steps, kv, waited_by_end - waited)
 
 
 def decode(
@@ -131,6 +144,7 @@ def measure(
         floor = roof.floor(lambda c, p, b=batch, n=mean_kv: 1000 * floor_seconds(c, b, n, p))  # type: ignore[misc]
         details: dict[str, Any] = {
             "batch": batch, "kv": mean_kv, "runs": [run.milliseconds for run in runs],
+            "host_us": statistics.median(run.host_us for run in runs),
         }  # fmt: skip
         if profile is not None:
             with profile.of(f"batch {batch}") as on_step:

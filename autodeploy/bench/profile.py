@@ -2,7 +2,7 @@
 
 Host: wall time of a step less what the host waits in CUDA's synchronise calls; without a GPU, the
 whole step. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
-slows the host down, so the times of the same steps without it belong beside these.
+slows the host down: its own time without a profiler is `host_us` of the same row (`latency.py`).
 """
 
 from __future__ import annotations

@@ -66,20 +66,25 @@ class Row:
 
 
 def table(rows: Sequence[Row], cause: str = "") -> str:
-    """Rows as aligned text; where there is no floor, a dash, and below the table why."""
-    cells = [("work", "measured", "", "floor", "% of floor")]
+    """Rows as aligned text; where there is no floor, a dash, and below the table why.
+
+    The host's time of a step has a column if it is in the details of a row.
+    """
+    cells = [("work", "measured", "", "floor", "% of floor", "host us")]
     for row in rows:
-        percent = row.percent_of_floor
+        percent, host = row.percent_of_floor, row.details.get("host_us")
         cells.append((
             row.name, _number(row.value), row.unit,
             "-" if row.floor is None else _number(row.floor),
             "-" if percent is None else f"{percent:.1f}",
+            "-" if host is None else f"{host:.0f}",
         ))  # fmt: skip
-    widths = [max(len(line[i]) for line in cells) for i in range(5)]
+    columns = 6 if any("host_us" in row.details for row in rows) else 5
+    widths = [max(len(line[i]) for line in cells) for i in range(columns)]
     lines = [
         "  ".join(
             cell.ljust(width) if index in (0, 2) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            for index, (cell, width) in enumerate(zip(line[:columns], widths, strict=True))
         ).rstrip()
         for line in cells
     ]

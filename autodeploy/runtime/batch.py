@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.contract import METADATA, PER_GROUP, Contract
+from autodeploy.custom_ops.step import FIELDS
 from autodeploy.errors import EngineError
 
 from .pages import BlockTables, pages_needed
@@ -135,10 +136,11 @@ class StepPlan:
         self.prompt_rows = []
         self.unresolved = self.follows = False
 
-    def follow(self, before: StepPlan) -> bool:
+    def follow(self, before: StepPlan, unresolved: bool) -> bool:
         """Becomes the step after `before`, if that only decodes: one token more of each request.
 
-        False if a request has no token left to compute. Costs nothing per request.
+        unresolved: whether only the device knows yet what `before` sampled. False if a request has
+        no token left to compute. Costs nothing per request.
         """
         size = len(before)
         starts = before.starts + 1
@@ -154,7 +156,7 @@ class StepPlan:
         self._starts[:size] = starts
         self._cu_q[: size + 1] = before._cu_q[: size + 1]
         self.logit_index, self.sampled_at = before.logit_index, before.sampled_at
-        self.unresolved = before.requests[0].unresolved
+        self.unresolved = unresolved
         self.only_decodes = self.follows = True
         return True
 
@@ -232,7 +234,8 @@ class StepInputs:
                     f"it knows {', '.join(sorted(known))}"
                 )
         self._names = contract.metadata
-        self._page_size = tables.page_size
+        self._groups = list(tables.tables.values())
+        self.page_size = tables.page_size
         self._tables = {
             f"{name}_{group}": table for group, table in tables.tables.items() for name in PER_GROUP
         }
@@ -280,13 +283,24 @@ class StepInputs:
             elif name == "state_slot":
                 array[:sequences] = plan.slots
             else:
-                array[:tokens] = self._tables[name][slots, positions // self._page_size]
-                array[:tokens] *= self._page_size
-                array[:tokens] += positions % self._page_size
+                array[:tokens] = self._tables[name][slots, positions // self.page_size]
+                array[:tokens] *= self.page_size
+                array[:tokens] += positions % self.page_size
+
+    def write_letter(self, plan: StepPlan, letter: np.ndarray) -> None:
+        """Fills the leading columns of a letter as `open_step` reads it; for `only_decodes`."""
+        used = len(plan)
+        letter[0, :used] = plan.slots
+        letter[1, :used] = plan.starts
+        _write_input_ids(plan, letter[2])
+        letter[3, :used] = plan.key_lengths
+        columns = plan.starts // self.page_size
+        for at, table in enumerate(self._groups, len(FIELDS)):
+            letter[at, :used] = table[plan.slots, columns]
 
     def table_width(self, plan: StepPlan) -> int:
         """Columns of the block tables that the step can read."""
-        return pages_needed(int(plan.ends.max()), self._page_size)
+        return pages_needed(int(plan.ends.max()), self.page_size)
 
     def build(self, plan: StepPlan) -> dict[str, Tensor]:
         """Every input as in METADATA, on the CPU: views, valid until the next call."""
@@ -313,6 +327,11 @@ class StepInputs:
 def _write_input_ids(plan: StepPlan, out: np.ndarray) -> None:
     if plan.follows and plan.unresolved:
         np.subtract(-1, plan.slots, out=out[: len(plan)])
+        return
+    if plan.only_decodes:
+        out[: len(plan)] = [
+            -1 - request.slot if request.unresolved else request.newest for request in plan.requests
+        ]
         return
     begin = 0
     for request, start, count in zip(

@@ -108,8 +108,6 @@ class DeviceSampler:
             event.record()
 
         def collect() -> SampleResult:
-            if event is not None:
-                event.synchronize()
             token_ids = host[0, :count].numpy().copy()
             found: list[list[TokenLogprob] | None] = [None] * count
             if logprobs is not None:
@@ -124,7 +122,7 @@ class DeviceSampler:
             }
             return SampleResult(token_ids, found, rows[bad].tolist(), reasons)
 
-        sampling = Sampling(tokens, collect)
+        sampling = Sampling(tokens, collect, None if event is None else event.synchronize)
         self._flights.append(sampling)
         return sampling
 

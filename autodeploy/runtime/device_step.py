@@ -1,9 +1,11 @@
 """DeviceStep: runs a step on an accelerator, if it can as one CUDA graph.
 
-What the host knows of a step is a few numbers per sequence. They are written to pinned memory,
-sent in one copy, and everything else happens on the device: block tables live there, and so do
-tokens that were just sampled. A step of a captured size is that copy and one launch: decoding
-steps go by their number of sequences (`graphs.py`), others by that of tokens (`mixed_graphs.py`).
+What the host knows of a step is a few numbers per sequence. They are written to pinned memory, and
+everything else happens on the device: block tables live there, and so do tokens that were just
+sampled. A decoding step of a captured size is one launch (`mailbox.py`): the graph begins by
+reading what the host wrote, and ends by choosing the most likely tokens and writing them to where
+the next step and the host look for them. Whoever wants others chooses from its logits afterwards.
+Steps with prompt tokens go by their number of tokens: a copy and one launch (`mixed_graphs.py`).
 """
 
 from __future__ import annotations
@@ -11,18 +13,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.sampling import relay_best
+from autodeploy.custom_ops.step import open_step, place_pages
+
 from .batch import StepInputs, StepPlan
 from .device_tables import DeviceTables
 from .graphs import DecodeGraph, graph_sizes
+from .mailbox import Mailbox
 from .mixed_graphs import MixedGraphs, MixedSize
 from .pages import BlockTables
 from .relay import TokenRelay
 from .runner import ModelRunner
+from .sampling import Sampling
 from .staging import Staging
 
 _log = logging.getLogger("autodeploy")
@@ -75,52 +84,69 @@ class DeviceStep:
         self._mixed_graphs = MixedGraphs(
             runner, self._inputs, self._tables, self._relay, num_slots, mixed_sizes
         )
+        self._chose = False
         if sizes:
+            self._prepare_graphs(max(sizes))
             self._capture(sorted(sizes, reverse=True))
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [N, vocab], valid until the next call; nothing waits for the device."""
-        self._tables.update()
+        self._chose = False
         if plan.only_decodes:
             graph = self._graphs.get(self._size_of[len(plan)])
             if graph is not None:
                 self.counts.replayed += 1
+                self._chose = True
+                new = np.count_nonzero(plan.starts % self._inputs.page_size == 0)
+                self._tables.update(own=int(new))
                 return self._replay(graph, plan)
             self.counts.missed += bool(self._graphs)
-        else:
-            logits = self._mixed_graphs.launch(plan)
-            if logits is not None:
-                self.counts.mixed_replayed += 1
-                return logits
+            self._tables.update()
+            return self._run(plan)
+        self._tables.update()
+        logits = self._mixed_graphs.launch(plan)
+        if logits is None:
             self.counts.mixed += 1
-        return self._run(plan)
+            return self._run(plan)
+        self.counts.mixed_replayed += 1
+        return logits
 
     def relay(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step launched last sampled `tokens` [S] for `slots` [S]."""
         self._relay.write(slots, tokens)
 
-    def _replay(self, graph: DecodeGraph, plan: StepPlan) -> Tensor:
-        arrays = graph.staging.next()
-        self._inputs.write(plan, {n: a for n, a in arrays.items() if n != _ROWS})
-        arrays[_ROWS][: len(plan)] = plan.slots
-        self._pad(arrays, len(plan), graph.size)
-        graph.staging.send()
-        graph.replay()
-        return graph.logits[: len(plan)]
+    def best(self, rows: np.ndarray) -> Sampling | None:
+        """The most likely tokens of the step launched last, already relayed, if it chose them.
 
-    def _pad(self, arrays: dict[str, np.ndarray], used: int, size: int) -> None:
-        """Sequences that are not there: one token each, in the null page and the spare slot."""
-        if used == size:
-            return
-        for name, array in arrays.items():
-            if name == "cu_q":
-                array[used + 1 :] = np.arange(used + 1, size + 1)
-            elif name == "logit_index":
-                array[used:] = np.arange(used, size)
-            elif name in ("state_slot", _ROWS):
-                array[used:] = self._num_slots
-            else:
-                array[..., used:] = 1 if name in ("kv_len", "known_len") else 0
+        rows: of the sampler, one for each of its requests.
+        """
+        return self._mailbox.answer(rows) if self._chose else None
+
+    def _replay(self, graph: DecodeGraph, plan: StepPlan) -> Tensor:
+        letter, used = self._mailbox.next(), len(plan)
+        self._inputs.write_letter(plan, letter)
+        if used < graph.size:
+            # Sequences that are not there: one token each, in the null page and the spare slot.
+            letter[:, used : graph.size] = 0
+            letter[0, used : graph.size] = self._num_slots
+        graph.replay()
+        self._mailbox.launched()
+        return graph.logits[:used]
+
+    def _prepare_graphs(self, most: int) -> None:
+        """What graphs of up to `most` sequences share."""
+        choice = Choice(self._device, {})
+        self._open = open_step.choose(choice).function
+        self._place = place_pages.choose(choice).function
+        self._best = relay_best.choose(choice).function
+        self._mailbox = Mailbox(len(self._tables.tensors), most, self._device)
+        self._counted = torch.arange(most, device=self._device)
+        self._bounds = torch.arange(most + 1, dtype=torch.int32, device=self._device)
+        # Not of the graphs' pool: what a step leaves unset must be some page, as it is here.
+        self._rows = {
+            group: torch.zeros((most, table.shape[1]), dtype=torch.int32, device=self._device)
+            for group, table in self._tables.tensors.items()
+        }
 
     def _run(self, plan: StepPlan) -> Tensor:
         """Without a graph; any mixture of prompts and decoding sequences."""
@@ -136,7 +162,12 @@ class DeviceStep:
         if plan.unresolved:
             inputs["input_ids"] = self._relay.fill(inputs["input_ids"])
         width = self._inputs.table_width(plan)
-        return self._call(inputs, staging.tensors[_ROWS][:sequences], width)
+        table_rows = staging.tensors[_ROWS][:sequences]
+        for name in self._runner.contract.metadata:
+            if name.startswith("block_table_"):
+                group = name.removeprefix("block_table_")
+                inputs[name] = self._tables.rows(group, table_rows, width)
+        return self._runner.forward(inputs)
 
     def _room_for(self, tokens: int, sequences: int, rows: int) -> Staging:
         sizes = (tokens, sequences, rows)
@@ -154,38 +185,33 @@ class DeviceStep:
         shapes = self._inputs.shapes(tokens, sequences, rows)
         return Staging({**shapes, _ROWS: ((sequences,), np.int64)}, self._device)
 
-    def _call(self, inputs: dict[str, Tensor], table_rows: Tensor, width: int | None) -> Tensor:
-        for name in self._runner.contract.metadata:
-            if name.startswith("block_table_"):
-                group = name.removeprefix("block_table_")
-                inputs[name] = self._tables.rows(group, table_rows, width)
-        return self._runner.forward(inputs)
-
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:
-        logits: Tensor | None = None
         pool = self._mixed_graphs.pool
+        self._mailbox.letters.zero_()
+        self._mailbox.letters[:, 0] = self._num_slots
         for size in sizes:
-            staging = self._staging(size, size, size)
-            arrays = staging.next()
-            self._pad_all(arrays, size)
-            staging.send()
-
-            def step(staging: Staging = staging) -> Tensor:
-                given = {n: t for n, t in staging.tensors.items() if n != _ROWS}
-                if "input_ids" in given:
-                    given["input_ids"] = self._relay.fill(given["input_ids"])
-                return self._call(given, staging.tensors[_ROWS], None)
-
-            if logits is None:
-                first = step()
-                logits = torch.empty_like(first)
-                del first
-            graph = DecodeGraph.capture(step, size, staging, logits[:size], pool)
+            graph = DecodeGraph.capture(partial(self._decode, size), size, pool)
             pool = graph.pool
             self._graphs[size] = graph
+        self._mailbox.start()
 
-    def _pad_all(self, arrays: dict[str, np.ndarray], size: int) -> None:
-        if "cu_q" in arrays:
-            arrays["cu_q"][0] = 0
-        self._pad(arrays, 0, size)
+    def _decode(self, size: int) -> Tensor:
+        """What a graph holds: a step of `size` sequences, from a letter to its answer."""
+        mailbox, newest = self._mailbox, self._relay.tokens
+        ids, positions, known, lengths, slots, pages = self._open(
+            mailbox.letters, mailbox.turn, newest, size
+        )
+        inputs = {
+            "input_ids": ids, "position_ids": positions, "known_len": known, "kv_len": lengths,
+            "cu_q": self._bounds[: size + 1], "logit_index": self._counted[:size],
+            "state_slot": slots,
+        }  # fmt: skip
+        for own, (group, table) in zip(pages, self._tables.tensors.items(), strict=True):
+            rows = self._rows[group][:size]
+            places = self._place(table, rows, own, slots, positions, self._inputs.page_size)
+            inputs |= {f"block_table_{group}": rows, f"slot_{group}": places}
+        wanted = self._runner.contract.metadata
+        logits = self._runner.forward({name: inputs[name] for name in wanted}).contiguous()
+        self._best(logits, slots, mailbox.turn, newest, mailbox.answers)
+        return logits

@@ -34,8 +34,16 @@ class DeviceTables:
         self._staging: Staging | None = None
         self._capacity = 0
 
-    def update(self) -> None:
-        """Brings the copy up to date."""
+    def update(self, own: int = -1) -> None:
+        """Brings the copy up to date.
+
+        own: entries of each group that the coming step sets itself; where these are all that
+        changed, nothing needs to be sent.
+        """
+        if all(len(changes) == own for changes in self._changes.values()):
+            for changes in self._changes.values():
+                changes.clear()
+            return
         counts = {name: len(changes) for name, changes in self._changes.items() if changes}
         if not counts:
             return

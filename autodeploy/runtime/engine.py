@@ -67,7 +67,8 @@ class TokenSampler(Protocol):
 
     def add(self, row: int, request: EngineRequest) -> None: ...
     def remove(self, row: int) -> None: ...
-    def append(self, row: int, token_id: int) -> None: ...
+    def extend(self, rows: np.ndarray, token_ids: np.ndarray) -> None: ...
+    def takes_best(self, rows: np.ndarray) -> bool: ...
     def launch(self, logits: Tensor, rows: np.ndarray) -> Sampling: ...
     def prompt_logprobs(
         self, logits: Tensor, next_token_ids: Sequence[int], k: int
@@ -79,6 +80,7 @@ class Step(Protocol):
 
     def forward(self, plan: StepPlan) -> Tensor: ...
     def relay(self, slots: np.ndarray, tokens: Tensor) -> None: ...
+    def best(self, rows: np.ndarray) -> Sampling | None: ...
 
 
 @dataclass(frozen=True)
@@ -342,8 +344,6 @@ class EngineCore:
         if not plan.samples.all():
             states = [states[at] for at in np.flatnonzero(plan.samples)]
             slots = slots[plan.samples]
-        for state in plan.requests:
-            state.uses += 1
         return _Flight(plan, states, slots, logits)
 
     def _collect_prompt_logprobs(self, plan: StepPlan, logits: Tensor) -> None:
@@ -364,12 +364,22 @@ class EngineCore:
         if not flight.states:
             return
         assert logits is not None
-        if len(plan.sampled_at) < len(logits):
-            logits = logits.index_select(0, send(plan.sampled_at, logits.device))
         rows = plan.rows if plan.only_decodes else plan.rows[plan.samples]
-        flight.sampling = self._sampler.launch(logits, rows)
-        if self._overlaps:
-            self._step.relay(flight.slots, flight.sampling.tokens)
+        if self._sampler.takes_best(rows):
+            flight.sampling = self._step.best(rows)
+        if flight.sampling is None:
+            if len(plan.sampled_at) < len(logits):
+                logits = logits.index_select(0, send(plan.sampled_at, logits.device))
+            flight.sampling = self._sampler.launch(logits, rows)
+            assert flight.sampling.tokens is not None
+            if self._overlaps:
+                self._step.relay(flight.slots, flight.sampling.tokens)
+        steady = self._scheduler.steady(plan)
+        if steady is None and self._overlaps:
+            steady = self._scheduler.keep_together(plan)
+        if steady is not None:
+            steady.expect()
+            return
         for state in flight.states:
             if not state.finished:
                 state.expect()
@@ -377,15 +387,36 @@ class EngineCore:
     def _land(self, flight: _Flight) -> None:
         """Waits for a step and hands out its tokens."""
         if flight.sampling is not None:
-            self._hand_out(flight.states, flight.sampling.result())
+            started = time.perf_counter()
+            flight.sampling.wait()
+            self._stats.waited_seconds += time.perf_counter() - started
+            result = flight.sampling.result()
+            if self._hand_out_together(flight, result):
+                return
+            self._hand_out(flight.states, result)
         for state in flight.plan.requests:
             state.uses -= 1
             if state.finished and not state.uses:
                 self._release_row(state)
 
+    def _hand_out_together(self, flight: _Flight, result: SampleResult) -> bool:
+        """Gives all requests their tokens, if there is nothing more to say of any of them."""
+        steady, token_ids = self._scheduler.steady(flight.plan), result.token_ids
+        if steady is None:
+            return False
+        if steady.may_end(token_ids):
+            self._scheduler.settle()
+            return False
+        steady.land(token_ids)
+        self._sampler.extend(steady.rows, token_ids)
+        self._stats.generated_tokens += len(token_ids)
+        self._outputs.append(TokenBatch(steady.request_ids, token_ids.tolist()))
+        return True
+
     def _hand_out(self, states: list[RequestState], result: SampleResult) -> None:
-        """Gives each request its token: most of what the host does in a step of many."""
+        """Gives each request its token, one by one: where some begin or end, or ask for more."""
         now = time.time()
+        rows, sampled = [], []
         request_ids, token_ids = self._batch.request_ids, self._batch.token_ids
         for state, token_id, logprobs in zip(
             states, result.token_ids.tolist(), result.logprobs, strict=True
@@ -397,8 +428,8 @@ class EngineCore:
                 self._fail(state, reason)
                 continue
             known = state.resolve(token_id)
-            self._sampler.append(state.row, token_id)
-            self._stats.generated_tokens += 1
+            rows.append(state.row)
+            sampled.append(token_id)
             if (
                 state.plain
                 and logprobs is None
@@ -409,6 +440,9 @@ class EngineCore:
                 token_ids.append(token_id)
             else:
                 self._report(state, token_id, logprobs, now)
+        # Before the rows of those that ended are given to others: this step still uses them.
+        self._sampler.extend(np.array(rows, dtype=np.int64), np.array(sampled, dtype=np.int64))
+        self._stats.generated_tokens += len(rows)
 
     def _report(
         self, state: RequestState, token_id: int, logprobs: list[TokenLogprob] | None, now: float
@@ -419,7 +453,7 @@ class EngineCore:
             output.logprobs = [logprobs]
         if state.metrics.first_token_time is None:
             state.metrics.first_token_time = now
-            state.plain = state.lengths is None
+            state.plain = state.lengths is None and state.request.params.logprobs is None
             output.prompt_logprobs = state.prompt_logprobs
             output.metrics = msgspec.structs.replace(state.metrics)
         output.finish_reason, output.stop_reason = state.finish_reason()

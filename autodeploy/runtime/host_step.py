@@ -9,6 +9,7 @@ from .batch import StepInputs, StepPlan
 from .pages import BlockTables
 from .relay import TokenRelay
 from .runner import ModelRunner
+from .sampling import Sampling
 
 
 class HostStep:
@@ -31,3 +32,7 @@ class HostStep:
     def relay(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step launched last sampled `tokens` [S] for `slots` [S]."""
         self._relay.write(slots, tokens)
+
+    def best(self, rows: np.ndarray) -> Sampling | None:
+        """None: choosing tokens is left to the sampler."""
+        return None

@@ -102,6 +102,8 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
 
     step: int = 0
     step_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """That the host did nothing but wait for the device, since start."""
     running: int = 0
     waiting: int = 0
     scheduled_tokens: int = 0

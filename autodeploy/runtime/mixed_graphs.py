@@ -140,7 +140,6 @@ class MixedGraphs:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        logits: Tensor | None = None
         for size in reversed(self._sizes):
             shapes = self._inputs.shapes(size.tokens, size.rows, size.rows)
             staging = Staging(
@@ -149,11 +148,7 @@ class MixedGraphs:
             # All of it padding.
             self._stage(staging, StepPlan(self._num_slots).seal())
             step = partial(self._step, staging)
-            if logits is None:
-                first = step()
-                logits = first.new_empty((max(s.rows for s in self._sizes), first.shape[1]))
-                del first
-            graph = DecodeGraph.capture(step, size.rows, staging, logits[: size.rows], self.pool)
+            graph = DecodeGraph.capture(step, size.rows, self.pool)
             self.pool = graph.pool
             self._graphs[size] = staging, graph
 

@@ -276,8 +276,18 @@ class BlockTables:
         """One more column for each of these slots; False, and nothing done, if pages are short."""
         if any(pool.available < len(slots) for pool, _ in self._pairs):
             return False
+        if not slots:
+            return True
+        columns = [self._columns[slot] for slot in slots]
+        for name, (pool, table) in zip(self._names, self._pairs, strict=True):
+            pages = [pool.take() for _ in slots]
+            table[slots, columns] = pages
+            if self.changes is not None:
+                width = table.shape[1]
+                for slot, column, page in zip(slots, columns, pages, strict=True):
+                    self.changes[name][slot * width + column] = page
         for slot in slots:
-            self.grow(slot, (self._columns[slot] + 1) * self.page_size)
+            self._columns[slot] += 1
         return True
 
     @property

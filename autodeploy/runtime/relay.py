@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.op import Choice
-from autodeploy.custom_ops.step import resolve_tokens
+from autodeploy.custom_ops.step import relay_tokens, resolve_tokens
 
 from .staging import Staging
 
@@ -25,10 +25,16 @@ class TokenRelay:
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        """[num_slots + 1] int64; the last is for sequences that only pad a step."""
         self._staging = Staging({"slots": ((num_slots,), np.int64)}, device)
         self._slots = b""
+        self._relay = relay_tokens.choose(Choice(device, {})).function
         self._resolve = resolve_tokens.choose(Choice(device, {})).function
+        if device.type == "cuda":
+            # Compiled now, not while a request waits.
+            self.write(np.zeros(1, dtype=np.int64), self.tokens[:1])
+            self.fill(self.tokens[:1][None])
 
     def write(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step sampled `tokens` [S] int64 for `slots` [S].
@@ -42,8 +48,8 @@ class TokenRelay:
             self._staging.next()["slots"][: len(slots)] = slots
             self._staging.send()
         where = self._staging.tensors["slots"][: len(slots)]
-        self._tokens.index_copy_(0, where, tokens.clamp(min=0))
+        self._relay(tokens, where, self.tokens)
 
     def fill(self, input_ids: Tensor) -> Tensor:
         """[1, T] int64 with the tokens that were missing; capturable in a CUDA graph."""
-        return self._resolve(input_ids, self._tokens)
+        return self._resolve(input_ids, self.tokens)

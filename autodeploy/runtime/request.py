@@ -133,6 +133,11 @@ class RequestState:
         """What tells its keys from those of equal tokens in other requests; 1 if nothing does."""
         return 1 if self.lengths is None else self.lengths.alike(self.prefilled)
 
+    @property
+    def newest(self) -> int:
+        """The last known token."""
+        return int(self._buffer[self.known - 1])
+
     def append(self, token_id: int) -> None:
         """One more known token, not computed yet."""
         self.expect()
@@ -140,12 +145,23 @@ class RequestState:
 
     def expect(self) -> None:
         """One more token, of which the device knows which it is."""
-        if self.known == len(self._buffer):
-            grown = np.empty(min(self.limit, 2 * self.known + 16), dtype=np.int64)
-            grown[: self.known] = self._buffer
-            self._buffer = grown
         self.known += 1
         self.unresolved = True
+        self.make_room()
+
+    def make_room(self, tokens: int = 0) -> None:
+        """Of the buffer: for `tokens` tokens, and all known ones."""
+        size, tokens = len(self._buffer), max(tokens, self.known)
+        if tokens > size:
+            grown = np.empty(max(tokens, min(self.limit, 2 * size + 16)), dtype=np.int64)
+            grown[:size] = self._buffer
+            self._buffer = grown
+
+    def write(self, position: int, token_ids: np.ndarray) -> None:
+        """Says which tokens are there from a position on."""
+        end = position + len(token_ids)
+        self.make_room(end)
+        self._buffer[position:end] = token_ids
 
     def resolve(self, token_id: int) -> int:
         """Says which token the newest is; returns how many are known."""
@@ -178,7 +194,7 @@ class RequestState:
 
     def finish_reason(self) -> tuple[str | None, int | None]:
         """Why the newest token ends the request, with the stop token id if that is why."""
-        token_id = int(self._buffer[self.known - 1])
+        token_id = self.newest
         if self.known >= self.min_known:
             if token_id in self.eos_token_ids:
                 return "stop", None

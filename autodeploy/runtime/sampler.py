@@ -59,10 +59,10 @@ class Sampler:
         self.vocab_size = vocab_size
         self._table = np.zeros(max_num_seqs, dtype=ROW)
         self._rules: dict[int, LogitRules] = {}
-        self._outputs: dict[int, int] = {}
         self._devices: dict[torch.device, DeviceSampler] = {}
         self._last_rows = b""
         self._last_entries = self._table[:0]
+        self._last_best = False
 
     def add(self, row: int, request: EngineRequest) -> None:
         """Give `row` to a request that has no output yet.
@@ -93,7 +93,6 @@ class Sampler:
             request.seed & WORD,
             0,
         )
-        self._outputs[row] = 0
         self._last_rows = b""
         if rules.active:
             self._rules[row] = rules
@@ -103,15 +102,22 @@ class Sampler:
         self._expect_live(row)
         self._table["live"][row] = False
         self._rules.pop(row, None)
-        del self._outputs[row]
         self._last_rows = b""
 
     def append(self, row: int, token_id: int) -> None:
         """Tell that `token_id` became the next output token of `row`, sampled here or not."""
-        # Once per token of every request: a dict, which takes a tenth of numpy's time.
-        if row not in self._outputs:
-            self._expect_live(row)
-        self._outputs[row] += 1
+        self._expect_live(row)
+        self._table["index"][row] += 1
+        self._tell_rules(row, token_id)
+
+    def extend(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """`append` for each of several live rows, at once."""
+        self._table["index"][rows] += 1
+        if self._rules:
+            for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                self._tell_rules(row, token_id)
+
+    def _tell_rules(self, row: int, token_id: int) -> None:
         rules = self._rules.get(row)
         if rules is not None:
             rules.append(token_id)
@@ -119,6 +125,11 @@ class Sampler:
                 self._table["ruled"][row] = False
                 self._last_rows = b""
                 del self._rules[row]
+
+    def takes_best(self, rows: np.ndarray) -> bool:
+        """Whether each of these live rows takes the most likely token and asks for nothing else."""
+        self._entries_of(rows)
+        return self._last_best
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[int] | np.ndarray) -> SampleResult:
@@ -212,7 +223,16 @@ class Sampler:
             raise ValueError(
                 f"logits are {list(logits.shape)}, expected [{len(rows)}, {self.vocab_size}]"
             )
-        # The same requests are decoded for many steps; only the count of their tokens changes.
+        table = self._entries_of(rows)
+        if (table["temperature"] > 0.0).any():
+            # Not in place: a launched step may still want the entries that it was given.
+            self._last_entries = table = table.copy()
+            table["index"] = self._table["index"][rows]
+        return table
+
+    def _entries_of(self, rows: np.ndarray) -> np.ndarray:
+        """The table's entries of `rows`; the count of their tokens may be an earlier one."""
+        # The same requests are decoded for many steps; only that count changes.
         key = rows.tobytes()
         if key != self._last_rows:
             for row in rows[(rows < 0) | (rows >= len(self._table))].tolist():
@@ -221,12 +241,9 @@ class Sampler:
             for row in rows[~table["live"]].tolist():
                 self._expect_live(row)
             self._last_rows, self._last_entries = key, table
-        table = self._last_entries
-        if (table["temperature"] > 0.0).any():
-            # Not in place: a launched step may still want the entries that it was given.
-            self._last_entries = table = table.copy()
-            table["index"] = [self._outputs[row] for row in rows.tolist()]
-        return table
+            asking = (table["temperature"] > 0.0) | table["ruled"] | (table["logprobs"] >= 0)
+            self._last_best = not asking.any()
+        return self._last_entries
 
     def _rules_of(self, table: np.ndarray, rows: np.ndarray) -> dict[int, LogitRules]:
         """By position."""

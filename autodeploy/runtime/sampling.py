@@ -31,24 +31,44 @@ class SampleResult:
     """A sentence for each bad row."""
 
 
+def best_result(token_ids: np.ndarray, rows: np.ndarray) -> SampleResult:
+    """Of greedy rows that ask for nothing else; both [N] int64."""
+    bad = rows[token_ids < 0].tolist()
+    return SampleResult(token_ids, [None] * len(rows), bad, dict.fromkeys(bad, BROKEN))
+
+
 class Sampling:
     """One step's tokens.
 
     Args:
         tokens: see below.
-        collect: waits for what is on its way and makes the result; called once at most.
+        collect: makes the result, when it is there; called once at most.
+        wait: until it is there; None if it is.
     """
 
-    def __init__(self, tokens: Tensor, collect: Callable[[], SampleResult]) -> None:
+    def __init__(
+        self,
+        tokens: Tensor | None,
+        collect: Callable[[], SampleResult],
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self.tokens = tokens
         """[N] int64 on the device of the logits, -1 where nothing could be sampled: for work that
-        is launched later on the same stream."""
+        is launched later on the same stream. None where that has them already."""
         self._collect: Callable[[], SampleResult] | None = collect
+        self._wait = wait
         self._result: SampleResult | None = None
+
+    def wait(self) -> None:
+        """Until the tokens are on the host."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
 
     def result(self) -> SampleResult:
         """The tokens on the host. Waits for the device the first time."""
         if self._collect is not None:
+            self.wait()
             self._result = self._collect()
             self._collect = None
         assert self._result is not None

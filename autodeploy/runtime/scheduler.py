@@ -18,6 +18,7 @@ import heapq
 import logging
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -30,6 +31,7 @@ from autodeploy.errors import ConfigError
 from .batch import StepPlan
 from .pages import BlockTables, SlotPool
 from .request import RequestState
+from .steady import SteadyDecode, can_be_steady
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,9 @@ class Scheduler:
         self._num_waiting = 0
         self._plan, self._next_plan = (StepPlan(config.max_num_seqs) for _ in range(2))
         self._steady = False
+        self._side_by_side: SteadyDecode | None = None
+        self._unpublished: deque[tuple[int, int]] = deque()
+        """Of those kept together: which has filled which page."""
         self._chunk = min(
             config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens
         )
@@ -133,6 +138,7 @@ class Scheduler:
         """
         if request.finished:
             return
+        self.settle()
         request.finished = True
         self._steady = False
         if forget:
@@ -145,6 +151,7 @@ class Scheduler:
 
     def restart(self, request: RequestState) -> None:
         """All tokens of a running request are computed anew, from the next step on."""
+        self.settle()
         del self.running[bisect_left(self.running, request.key, key=_by_key)]
         self._free(request)
         self.add(request)
@@ -158,6 +165,7 @@ class Scheduler:
         self._plan, self._next_plan = plan, before
         if self._steady and self._follow(before):
             return plan
+        self.settle()
         plan.clear()
         preemptions = self.preemptions
         self._fill()
@@ -170,10 +178,36 @@ class Scheduler:
         )
         return plan
 
+    def steady(self, plan: StepPlan) -> SteadyDecode | None:
+        """What keeps the books of the plan's requests, if not they themselves."""
+        steady = self._side_by_side
+        return steady if steady is not None and steady.states is plan.requests else None
+
+    def keep_together(self, plan: StepPlan) -> SteadyDecode | None:
+        """Begins to keep the books of a launched plan's requests together, if that is possible.
+
+        Only where steps overlap: `schedule` must not want tokens that the plan samples.
+        """
+        if self._steady and plan.follows and can_be_steady(plan.requests):
+            self._side_by_side = SteadyDecode(plan.requests, plan.rows)
+        return self.steady(plan)
+
+    def settle(self) -> None:
+        """Every request keeps its own books again."""
+        if self._side_by_side is not None:
+            self._publish_some(self._side_by_side, len(self._unpublished))
+            self._side_by_side.settle()
+            self._side_by_side = None
+
     def advance(self, plan: StepPlan) -> None:
         """The step is on its way: whatever runs after it finds its tokens in the caches."""
+        steady = self.steady(plan)
+        if steady is not None:
+            steady.launch()
+            return
         for request, end in zip(plan.requests, plan.ends.tolist(), strict=True):
             request.computed = end
+            request.uses += 1
 
     def publish(self, plan: StepPlan) -> None:
         """The step is on its way and the tokens it computes are known: full pages can be shared."""
@@ -181,11 +215,27 @@ class Scheduler:
             return
         page_size = self.config.page_size
         first_pages, end_pages = plan.starts // page_size, plan.ends // page_size
-        for at in np.flatnonzero(first_pages < end_pages).tolist():
-            request, end_page = plan.requests[at], int(end_pages[at])
-            if request.slot == plan.slots[at]:
-                hashes = request.hash_pages(end_page * page_size, page_size)
-                self.tables.publish(request.slot, hashes, int(first_pages[at]), end_page)
+        full = np.flatnonzero(first_pages < end_pages).tolist()
+        steady = self.steady(plan)
+        if steady is None:
+            for at in full:
+                if plan.requests[at].slot == plan.slots[at]:
+                    self._publish(plan.requests[at], int(first_pages[at]), int(end_pages[at]))
+            return
+        self._unpublished += [(at, int(first_pages[at])) for at in full]
+        # Requests of one length fill their pages in the same step. That would be 1 ms for 256 of
+        # them; nobody but a new request looks for these pages, and then all are published.
+        self._publish_some(steady, len(plan) // page_size + 8)
+
+    def _publish_some(self, steady: SteadyDecode, most: int) -> None:
+        for _ in range(min(most, len(self._unpublished))):
+            at, page = self._unpublished.popleft()
+            steady.tell(at)
+            self._publish(steady.states[at], page, page + 1)
+
+    def _publish(self, request: RequestState, first: int, end: int) -> None:
+        hashes = request.hash_pages(end * self.config.page_size, self.config.page_size)
+        self.tables.publish(request.slot, hashes, first, end)
 
     def _follow(self, before: StepPlan) -> bool:
         """Plans one more token of every running request, if that is all there is to do.
@@ -193,7 +243,8 @@ class Scheduler:
         No Python per request, but for those that need a page.
         """
         plan, page_size = self._plan, self.config.page_size
-        if not plan.follow(before):
+        unresolved = self.steady(before) is not None or before.requests[0].unresolved
+        if not plan.follow(before, unresolved):
             return False
         slid = False
         for window in self.tables.windows:

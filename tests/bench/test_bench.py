@@ -53,8 +53,8 @@ def test_all_kinds_share_one_deployment(tiny, tmp_path, capsys):
         "--json", str(report), "--profile", str(trace),
     ]) == 0  # fmt: skip
     out = capsys.readouterr().out
-    for text in ("work ", "% of floor", "decode, batch 4", "prefill, 3 x 20", "TTFT p99", "E2E p50",
-                 "transformers generate", "profiled 20 steps"):  # fmt: skip
+    for text in ("work ", "% of floor", "host us", "decode, batch 4", "prefill, 3 x 20", "TTFT p99",
+                 "E2E p50", "transformers generate", "profiled 20 steps"):  # fmt: skip
         assert text in out
     figures = json.loads(report.read_text())
     assert {row["kind"] for row in figures["results"]} == set(kinds)

@@ -3,10 +3,14 @@ import pytest
 import torch
 from toy_runner import ToyRunner, greedy
 
+from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.sampling import relay_best
+from autodeploy.custom_ops.step import open_step, place_pages
 from autodeploy.runtime import device_step
 from autodeploy.runtime.device_step import DeviceStep
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.graphs import DecodeGraph, default_sizes, graph_sizes
+from autodeploy.runtime.mailbox import Mailbox
 from autodeploy.runtime.messages import EngineRequest, one_by_one
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
@@ -20,11 +24,12 @@ class ReplayedStep:
 
     pool = None
 
-    def __init__(self, step, size, staging, logits):
-        self.step, self.size, self.staging, self.logits = step, size, staging, logits
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+        step()
 
     def replay(self):
-        self.logits.copy_(self.step())
+        self.logits = self.step()
 
 
 @pytest.fixture
@@ -33,10 +38,8 @@ def engine(monkeypatch):
     monkeypatch.setattr(
         device_step.DecodeGraph,
         "capture",
-        staticmethod(lambda step, size, staging, logits, pool: ReplayedStep(
-            step, size, staging, logits
-        )),
-    )  # fmt: skip
+        staticmethod(lambda step, size, pool: ReplayedStep(step, size)),
+    )
     runner = ToyRunner(*GROUPS)
     scheduler = SchedulerConfig(page_size=4, max_num_seqs=6, max_prefill_chunk=7)
     engine = EngineCore(runner, EngineConfig(scheduler, num_pages=60, overlap=True))
@@ -59,6 +62,40 @@ def test_padded_steps_give_the_tokens_of_each_sequence_alone(engine):
     assert stats.graph_replays > 20
     assert stats.graph_misses == 0
     assert stats.mixed_steps > 0
+
+
+def test_the_devices_tables_are_those_of_the_host_after_every_step(engine):
+    shared = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for n in range(12):
+        params = SamplingParams(temperature=0, max_tokens=3 + 5 * n % 17)
+        prompt = [*shared[: 9 * (n % 2)], n]
+        engine.add(EngineRequest(request_id=str(n), prompt_token_ids=prompt, params=params))
+    tables = engine._scheduler.tables
+    while engine.has_work:
+        engine.step()
+        for state in engine._scheduler.running:
+            for at, (name, table) in enumerate(tables.tables.items()):
+                used = slice(tables._first[at][state.slot], tables.columns(state.slot))
+                told = engine._step._tables.tensors[name][state.slot, used]
+                assert told.tolist() == table[state.slot, used].tolist()
+        assert not any(tables.changes.values())
+    assert engine.stats().graph_replays > 20
+
+
+def test_a_captured_step_chooses_tokens_unless_somebody_asks_for_more(engine):
+    launch, asked = engine._sampler.launch, []
+    engine._sampler.launch = lambda logits, rows: asked.append(len(rows)) or launch(logits, rows)
+    for n, temperature in ((0, 0.0), (1, 0.0), (2, 1.0)):
+        params = SamplingParams(temperature=temperature, max_tokens=20 - 5 * n)
+        engine.add(EngineRequest(request_id=str(n), prompt_token_ids=[n, 2], params=params))
+    sampled = []
+    while engine.has_work:
+        for output in one_by_one(engine.step()):
+            sampled += output.token_ids
+    assert len(sampled) == 20 + 15 + 10
+    # With the third, which draws its tokens, and in no step after it.
+    assert asked == [3] * 10
+    assert engine.stats().waited_seconds >= 0
 
 
 def test_a_step_runs_padded_to_the_next_captured_size():
@@ -100,15 +137,60 @@ def test_what_the_host_writes_waits_for_the_copy_of_what_was_there():
     assert [x.tolist() for x in seen] == [[step] * 4 for step in range(4 * RING)]
 
 
+def test_captured_steps_pass_tokens_on_and_answer_in_pinned_memory():
+    # A model whose next token is 3 times the last one, plus the position.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    most, size, vocab = 6, 4, 97
+    mailbox = Mailbox(1, most, device)
+    newest = torch.zeros(most + 1, dtype=torch.int64, device=device)
+    table = torch.zeros((most + 1, 40), dtype=torch.int32, device=device)
+    rows = torch.zeros((size, 40), dtype=torch.int32, device=device)
+    choice = Choice(device, {})
+    opened, placed, best = (
+        op.choose(choice).function for op in (open_step, place_pages, relay_best)
+    )
+
+    def step():
+        ids, positions, _, _, slots, pages = opened(mailbox.letters, mailbox.turn, newest, size)
+        placed(table, rows, pages[0], slots, positions, 4)
+        following = (3 * ids + positions)[0] % vocab
+        logits = -(torch.arange(vocab, device=device) - following[:, None]).abs().float()
+        best(logits, slots, mailbox.turn, newest, mailbox.answers)
+        return logits
+
+    capture = (
+        DecodeGraph.capture if device.type == "cuda" else lambda *args: ReplayedStep(*args[:2])
+    )
+    graph = capture(step, size, None)
+    mailbox.start()
+    slots, tokens = np.array([5, 0, 2, 3]), np.array([1, 2, 3, 4])
+    found, expected, waiting = [], [], []
+    for position in range(20):
+        letter = mailbox.next()
+        letter[0, :size], letter[1, :size], letter[3, :size] = slots, position, 1
+        letter[2, :size] = -1 - slots if position else tokens
+        letter[4, :size] = slots + 7
+        graph.replay()
+        mailbox.launched()
+        waiting.append(mailbox.answer(np.arange(size)))
+        if position:
+            # As an engine: while one step runs, the tokens of the one before are read.
+            found.append(waiting[-2].result().token_ids.tolist())
+        tokens = (3 * tokens + position) % vocab
+        expected.append(tokens.tolist())
+    found.append(waiting[-1].result().token_ids.tolist())
+    assert found == expected
+    assert table[slots, :5].tolist() == [[slot + 7] * 5 for slot in slots.tolist()]
+    assert rows[:, :5].tolist() == [[slot + 7] * 5 for slot in slots.tolist()]
+    assert graph.logits.argmax(-1).tolist() == expected[-1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_reads_what_is_sent_later():
     device = torch.device("cuda")
     staging = Staging({"x": ((4,), np.int64)}, device)
-    logits = torch.empty(4, device=device)
-    graph = DecodeGraph.capture(
-        lambda: 2.0 * staging.tensors["x"].float(), 4, staging, logits, None
-    )
+    graph = DecodeGraph.capture(lambda: 2.0 * staging.tensors["x"].float(), 4, None)
     staging.next()["x"][:] = [1, 2, 3, 4]
     staging.send()
     graph.replay()
-    assert logits.tolist() == [2.0, 4.0, 6.0, 8.0]
+    assert graph.logits.tolist() == [2.0, 4.0, 6.0, 8.0]

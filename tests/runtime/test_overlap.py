@@ -32,10 +32,8 @@ def _padded_steps(monkeypatch):
     monkeypatch.setattr(
         device_step.DecodeGraph,
         "capture",
-        staticmethod(lambda step, size, staging, logits, pool: ReplayedStep(
-            step, size, staging, logits
-        )),
-    )  # fmt: skip
+        staticmethod(lambda step, size, pool: ReplayedStep(step, size)),
+    )
 
 
 def engine_of(groups, num_pages, overlap, on_device):

@@ -46,9 +46,26 @@ def argmax_part_kernel(
     tl.store(ids + place, first)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def argmax_merge_kernel(values, ids, tokens, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """tokens[row] int64: the id of the first of the largest of a row's parts; -1 if not finite."""
+@triton.jit(do_not_specialize=["parts", "width"])
+def argmax_merge_kernel(
+    values,
+    ids,
+    tokens,
+    slots,
+    turn,
+    newest,
+    answers,
+    parts,
+    width,
+    BLOCK: tl.constexpr,
+    RELAY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """tokens[row] int64: the id of the first of the largest of a row's parts; -1 if not finite.
+
+    RELAY: also newest[slots[row]], 0 for -1, and answers[turn, row] of rows of `width`, which may
+    be memory of the host. Without it these five are not looked at.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     inside = part < parts
@@ -60,4 +77,8 @@ def argmax_merge_kernel(values, ids, tokens, parts, BLOCK: tl.constexpr, PDL: tl
     top = tl.max(value, 0)
     token = tl.min(tl.where(value == top, found, 2147483647), 0).to(tl.int64)
     usable = (top > float("-inf")) & (top < float("inf"))
-    tl.store(tokens + row, tl.where(usable, token, -1))
+    token = tl.where(usable, token, -1)
+    tl.store(tokens + row, token)
+    if RELAY:
+        tl.store(newest + tl.load(slots + row), tl.maximum(token, 0))
+        tl.store(answers + tl.load(turn) * width + row, token)

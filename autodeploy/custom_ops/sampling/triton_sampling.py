@@ -1,4 +1,4 @@
-"""argmax_rows and sample_rows in Triton: no sort, no wait, the same token in any batch."""
+"""Choosing tokens in Triton: no sort, no wait, the same token in any batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from .. import gpu
 from ..op import Choice
 from .argmax_rows import argmax_rows
+from .relay_best import relay_best
 from .sample_rows import sample_rows
 
 _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -25,15 +26,31 @@ def argmax_rows_triton(logits: torch.Tensor) -> torch.Tensor:
     return argmax_parts(logits)
 
 
+@relay_best.implement("triton", when=_applies, priority=10, capturable=True)
+def relay_best_triton(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    turn: torch.Tensor,
+    newest: torch.Tensor,
+    answers: torch.Tensor,
+) -> torch.Tensor:
+    """As `relay_best`; all but the logits contiguous."""
+    return argmax_parts(logits, (slots, turn, newest, answers))
+
+
 def argmax_parts(
     logits: torch.Tensor,
+    relay: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     *,
     block: int = 2048,
     programs: int = 1024,
     num_warps: int = 4,
     stages: int = 2,
 ) -> torch.Tensor:
-    """`argmax_rows`, with about `programs` programs that read blocks of `block`."""
+    """`argmax_rows`, with about `programs` programs that read blocks of `block`.
+
+    relay: the other arguments of `relay_best`, to do that.
+    """
     from .argmax_kernel import argmax_merge_kernel, argmax_part_kernel
 
     logits = _readable(logits)
@@ -51,9 +68,10 @@ def argmax_parts(
         logits, values, ids, vocab, logits.stride(0), each,
         BLOCK=block, STAGES=stages, num_warps=num_warps, **options,
     )  # fmt: skip
+    slots, turn, newest, answers = relay or (tokens,) * 4
     argmax_merge_kernel[(rows,)](
-        values, ids, tokens, parts,
-        BLOCK=_power_of_two(blocks), num_warps=1, **options,
+        values, ids, tokens, slots, turn, newest, answers, parts, answers.shape[-1],
+        BLOCK=_power_of_two(blocks), RELAY=relay is not None, num_warps=1, **options,
     )  # fmt: skip
     return tokens
 
