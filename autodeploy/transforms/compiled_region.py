@@ -42,7 +42,7 @@ class CompiledRegion:
     def __init__(self, key: str, graph: fx.Graph) -> None:
         self.key = key
         self.module = fx.GraphModule(torch.nn.Module(), graph)
-        self.__name__ = self.__qualname__ = f"region_{key[:12]}"
+        self.__name__ = self.__qualname__ = f"region_{key[:8]}"
         self.function: Callable[..., Any] = self.module.forward
         self.launches = 0
         """Kernels that it runs, once compiled."""
@@ -64,6 +64,16 @@ class CompiledRegion:
         self.function, self.launches = load_graph(self.path), int(count.read_text())
         return True
 
+    def load_or_warn(self) -> None:
+        """Takes what was compiled before; without it the ops run one by one."""
+        try:
+            loaded = self.load()
+            reason = "the compiler's cache is gone"
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, the ops run
+            loaded, reason = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if not loaded:
+            _log.warning("%s runs op by op, which is slower: %s", self.__name__, reason)
+
     def compile(self, inputs: Sequence[Any], settings: Mapping[str, Any] = SETTINGS) -> None:
         """Compiles it for fake inputs, and keeps the result."""
         from torch._inductor import metrics
@@ -84,7 +94,8 @@ def mark_values(graph: fx.Graph, inputs: Sequence[Any]) -> None:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
-    for node in graph.output_node().args[0]:
+    returned: Any = graph.output_node().args[0]
+    for node in returned:
         node.meta["example_value"] = values[node]
 
 
@@ -146,6 +157,7 @@ def fresh_values(values: Sequence[Any]) -> list[Any]:
     shapes = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes)
     symbols: dict[Any, Any] = {}
+    hints: dict[Any, int] = {}
 
     def fresh(size: Any) -> Any:
         if isinstance(size, int):
@@ -157,8 +169,8 @@ def fresh_values(values: Sequence[Any]) -> list[Any]:
             symbols[symbol] = shapes.create_symbol(
                 _HINT + index, ConstantSource(f"size_{index}"), DimDynamic.DYNAMIC
             )
+            hints[symbols[symbol]] = _HINT + index
         renamed = expression.xreplace(symbols)
-        hints = {symbol: shapes.var_to_val[symbol] for symbol in renamed.free_symbols}
         return shapes.create_symintnode(renamed, hint=int(renamed.xreplace(hints)))
 
     def tensor(value: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A region is a set of nodes that run as one call: nothing outside lies on a way from one of them to
 another. Every node gets a level, the number of kernels that must have run before it; nodes of one
-level that touch each other make a region. What only later levels read moves there, so that the
+level that touch each other make a region. What only one later level reads moves there, so that the
 gate of a layer joins the product it gates and not the projection it came from.
 
     linear -> split -> silu ----------------.        level 1: rope, cat
@@ -52,7 +52,7 @@ _REDUCES = frozenset(
      aten.linalg_vector_norm.default, aten.any.dim, aten.all.dim}
 )  # fmt: skip
 """Over the dimensions of their second argument, or of `dim`."""
-_LAUNCHES = {aten.scatter.value: 2, aten.scatter.src: 2}
+_LAUNCHES: dict[Any, int] = {aten.scatter.value: 2, aten.scatter.src: 2}
 """Where it is not one."""
 
 
@@ -61,9 +61,9 @@ class Region:
     """Nodes that can run as one call."""
 
     nodes: tuple[fx.Node, ...]
-    """In the graph's order."""
+    """Each after those it reads, in an order that is the same for regions that are alike."""
     views: frozenset[fx.Node]
-    """Those among them that launch nothing."""
+    """Those among them that launch nothing. Others may read them too, if they are of an input."""
     outputs: tuple[fx.Node, ...]
     """Whose values, or views of them, are read outside. None of them is a view."""
     launches: int
@@ -216,10 +216,11 @@ def _levels(graph: fx.Graph, kinds: dict[fx.Node, str]) -> dict[fx.Node, int]:
             level = effect = max(level, effect)
         levels[node] = level
     for node in reversed(graph.nodes):
-        if kinds[node] in ("view", "work") and node.users:
-            first = min(levels[user] for user in node.users)
-            if any(levels[u] == first and kinds[u] in ("view", "work") for u in node.users):
-                levels[node] = first
+        later = {levels[user] for user in node.users}
+        fusable = all(kinds[user] in ("view", "work") for user in node.users)
+        # What several layers read stays: it would make the region of the first unlike the others.
+        if kinds[node] in ("view", "work") and fusable and len(later) == 1:
+            levels[node] = later.pop()
     return levels
 
 
@@ -251,20 +252,23 @@ def _connected(
 
 
 def _region(members: list[fx.Node], kinds: dict[fx.Node, str]) -> Region:
-    """A region of work, with only those views that lead from one piece of work to another."""
+    """A region of work, with the views that lead to it, whosever they are: they cost nothing."""
     inside = set(members)
-    needed: set[fx.Node] = set()
-    for node in reversed(members):
-        if kinds[node] == "work" or any(user in needed for user in node.users):
-            # A part of a split that is outside is an input as it is: a tuple can be none.
-            if node.target is operator.getitem and node.args[0] not in inside:
-                continue
-            needed.add(node)
-    nodes = tuple(n for n in members if n in needed)
-    work = [n for n in nodes if kinds[n] == "work"]
+    work = [n for n in members if kinds[n] == "work"]
     outputs = tuple(n for n in work if _read_outside(n, inside, kinds))
+    nodes: dict[fx.Node, None] = {}
+
+    def add(node: fx.Node) -> None:
+        within = kinds[node] == "view" or (kinds[node] == "work" and node in inside)
+        if within and node not in nodes:
+            for source in node.all_input_nodes:
+                add(source)
+            nodes[node] = None
+
+    for node in outputs:
+        add(node)
     launches = sum(_LAUNCHES.get(n.target, 1) for n in work)
-    return Region(nodes, frozenset(nodes) - set(work), outputs, launches)
+    return Region(tuple(nodes), frozenset(nodes) - set(work), outputs, launches)
 
 
 def _read_outside(node: fx.Node, inside: set[fx.Node], kinds: dict[fx.Node, str]) -> bool:

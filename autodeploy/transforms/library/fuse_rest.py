@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import sympy
 from torch import fx
 
 from ..compiled_region import SETTINGS, CompiledRegion, fresh_values, region_graph, region_key
@@ -29,21 +28,17 @@ from ..regions import Region, find_regions, refresh_values, sort_nodes
 from ..transform import Site, Transform, register_transform
 
 _log = logging.getLogger("autodeploy")
-_SECONDS_PER_LAUNCH = 1.5e-6
 _NOTES = "fuse_rest"
 
 
 @dataclass
-class _Notes:
-    """What is known between the sites of one program."""
+class _Kind:
+    """Regions that are alike, and the function they share."""
 
-    regions: dict[fx.Node, Region]
-    """By their first output."""
-    compiled: dict[str, CompiledRegion | None]
-    """By key; None: it does not pay, or does not compile."""
-    seconds: float = 0.0
-    before: int = 0
-    after: int = 0
+    regions: list[Region]
+    launches: int = 0
+    """Of each, when its ops run one by one."""
+    compiled: CompiledRegion | None = None
 
 
 @register_transform("fuse_rest")
@@ -51,78 +46,72 @@ class _Notes:
 class FuseRest(Transform):
     """Compiles regions of unrecognised ops.
 
-    devices: types of device to do it on. saves: launches that a region must save at least.
-    combine: one launch for parts of a region that do not read each other.
+    devices: types of device to do it on. saves: launches of a step that regions of a kind must
+    save together to be worth compiling. combine: one launch for parts of a region that do not read
+    each other.
     """
 
     devices: tuple[str, ...] = ("cuda",)
-    saves: int = 2
-    combine: bool = False
+    saves: int = 8
+    combine: bool = True
 
     def sites(self, program: Program) -> Iterable[Site]:
         if program.contract.device.type not in self.devices:
             return
+        started = time.perf_counter()
         refresh_values(program)
-        found = [r for r in find_regions(program) if r.launches > self.saves]
-        program.options[_NOTES] = _Notes({r.outputs[0]: r for r in found}, {})
-        for region in found:
-            yield Site((region.outputs[0],))
-
-    def gain(self, program: Program, site: Site) -> sympy.Expr | None:
-        notes: _Notes = program.options[_NOTES]
-        region = notes.regions[site.nodes[0]]
-        graph = region_graph(region)
-        key = region_key(region, graph)
-        if key not in notes.compiled:
-            notes.compiled[key] = self._compiled(key, graph, region, site.where, notes)
-        compiled = notes.compiled[key]
-        if compiled is None:
-            return sympy.Integer(0)
-        return sympy.Float((region.launches - compiled.launches) * _SECONDS_PER_LAUNCH)
+        kinds: dict[str, _Kind] = {}
+        for region in find_regions(program):
+            key = region_key(region, region_graph(region))
+            kinds.setdefault(key, _Kind([], region.launches)).regions.append(region)
+        kept = {key: kind for key, kind in kinds.items() if self._pays(kind, 1)}
+        for key, kind in kept.items():
+            kind.compiled = self._compiled(key, kind)
+        program.options[_NOTES] = [k for k in kept.values() if k.compiled is not None]
+        for kind in program.options[_NOTES]:
+            for region in kind.regions:
+                yield Site((region.outputs[0],))
+        _log.debug("fuse_rest took %.1f s to find and compile", time.perf_counter() - started)
 
     def rewrite(self, program: Program, site: Site) -> None:
-        notes: _Notes = program.options[_NOTES]
-        region = notes.regions[site.nodes[0]]
-        compiled = notes.compiled[region_key(region, region_graph(region))]
-        assert compiled is not None
-        notes.before += region.launches
-        notes.after += compiled.launches
-        replace_region(program.graph, region, compiled)
+        for kind in program.options[_NOTES]:
+            for region in kind.regions:
+                if region.outputs[0] is site.nodes[0]:
+                    replace_region(program.graph, region, kind.compiled)
 
-    def finish(self, program: Program) -> None:
-        notes: _Notes | None = program.options.pop(_NOTES, None)
-        if notes is None:
-            return
+    def finish(self, program: Program) -> str:
+        kinds: list[_Kind] = program.options.pop(_NOTES, [])
+        if not kinds:
+            return ""
         sort_nodes(program.graph)
-        kinds = sum(compiled is not None for compiled in notes.compiled.values())
-        _log.info(
-            "fuse_rest: %d launches became %d, in regions of %d kinds (%.1f s)",
-            notes.before, notes.after, kinds, notes.seconds,
-        )  # fmt: skip
+        before = sum(kind.launches * len(kind.regions) for kind in kinds)
+        after = sum(kind.compiled.launches * len(kind.regions) for kind in kinds if kind.compiled)
+        return f"{before} launches are {after}, in regions of {len(kinds)} kinds"
 
-    def _compiled(
-        self, key: str, graph: fx.Graph, region: Region, where: str, notes: _Notes
-    ) -> CompiledRegion | None:
-        compiled = CompiledRegion(f"{key}{'c' if self.combine else ''}", graph)
-        started = time.perf_counter()
+    def _pays(self, kind: _Kind, launches: int) -> bool:
+        return (kind.launches - launches) * len(kind.regions) >= self.saves
+
+    def _compiled(self, key: str, kind: _Kind) -> CompiledRegion | None:
+        """The function of a kind; None if it saves too little or cannot be compiled."""
+        region = kind.regions[0]
+        settings = {**SETTINGS, "combo_kernels": self.combine}
+        compiled = CompiledRegion(f"{key} {sorted(settings.items())}", region_graph(region))
         try:
             if not compiled.load():
                 values = fresh_values([node.meta["val"] for node in region.inputs()])
-                settings = {**SETTINGS, "combo_kernels": self.combine}
                 compiled.compile(values, settings)
-        except Exception as error:  # noqa: BLE001 - a compiler may fail in any way; the ops still run
+        except Exception as error:  # noqa: BLE001 - however a compiler fails, the ops still run
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            where = Site((region.outputs[0],)).where
             _log.warning("fuse_rest leaves the ops at %s as they are: %s", where, reason)
             return None
-        finally:
-            notes.seconds += time.perf_counter() - started
-        return compiled if region.launches - compiled.launches >= self.saves else None
+        return compiled if self._pays(kind, compiled.launches) else None
 
 
 def replace_region(graph: fx.Graph, region: Region, compiled: CompiledRegion) -> None:
     """Puts one call in place of a region; nodes may come to stand before what they read."""
     inside = set(region.nodes)
-    with graph.inserting_after(region.nodes[-1]):
+    with graph.inserting_after(region.outputs[-1]):
         call = last = graph.call_function(compiled, region.inputs())
     call.meta["region"] = compiled
     call.meta["val"] = tuple(node.meta["val"] for node in region.outputs)
@@ -131,24 +120,19 @@ def replace_region(graph: fx.Graph, region: Region, compiled: CompiledRegion) ->
         if node in region.outputs:
             with graph.inserting_after(last):
                 last = graph.call_function(operator.getitem, (call, region.outputs.index(node)))
-        elif node in region.views and _read_outside(node, region, inside):
-            # Made again outside, of what the region returns: it costs nothing there.
+            last.meta = dict(node.meta)
+            replaced[node] = last
+    # A view of a result that something outside reads is made again there, where it costs nothing.
+    results = set(region.nodes) - region.views
+    for node in region.nodes:
+        if node in region.views and results.intersection(node.all_input_nodes):
+            results.add(node)
             with graph.inserting_after(last):
                 last = graph.node_copy(node, lambda n: replaced.get(n, n))
-        else:
-            continue
-        last.meta = dict(node.meta)
-        replaced[node] = last
+            replaced[node] = last
     for node, new in replaced.items():
         for user in [user for user in node.users if user not in inside]:
             user.replace_input_with(node, new)
     for node in reversed(region.nodes):
-        graph.erase_node(node)
-
-
-def _read_outside(view: fx.Node, region: Region, inside: set[fx.Node]) -> bool:
-    """Whether a view, or a view of it, is read outside of the region."""
-    return any(
-        user not in inside or (user in region.views and _read_outside(user, region, inside))
-        for user in view.users
-    )
+        if not node.users:
+            graph.erase_node(node)
