@@ -58,8 +58,12 @@ def own_folders() -> Iterator[None]:
 
     Inductor points Triton at a folder of its own, for the rest of the process.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     before = {name: os.environ.get(name) for name in _FOLDERS}
-    os.environ.setdefault(_FOLDERS[0], str(cache_directory() / "inductor"))
+    # Importing it may have written its own choice there.
+    if before[_FOLDERS[0]] in (None, default_cache_dir()):
+        os.environ[_FOLDERS[0]] = str(cache_directory() / "inductor")
     try:
         yield
     finally:

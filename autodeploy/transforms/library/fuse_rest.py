@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,7 +57,7 @@ class FuseRest(Transform):
     def sites(self, program: Program) -> Iterable[Site]:
         if program.contract.device.type not in self.devices:
             return
-        started = time.perf_counter()
+
         refresh_values(program)
         kinds: dict[str, _Kind] = {}
         for region in find_regions(program):
@@ -71,7 +70,6 @@ class FuseRest(Transform):
         for kind in program.options[_NOTES]:
             for region in kind.regions:
                 yield Site((region.outputs[0],))
-        _log.debug("fuse_rest took %.1f s to find and compile", time.perf_counter() - started)
 
     def rewrite(self, program: Program, site: Site) -> None:
         for kind in program.options[_NOTES]:
