@@ -91,12 +91,11 @@ def _run_many(args: argparse.Namespace) -> int:
 
 
 def _run_rounding(names: list[str], args: argparse.Namespace) -> int:
-    from .rounding import MeasureRounding, Rounding, table
+    from .rounding import MeasureRounding, Rounding, row, table
     from .run import run_each
 
     def show(result: Rounding, done: int, total: int) -> None:
-        verdict = "agrees" if result.agrees else "NOT AS NEAR"
-        print(f"[{done}/{total}] {result.name:26} {verdict}", file=sys.stderr, flush=True)
+        print(f"[{done}/{total}] {row(result)}", file=sys.stderr, flush=True)
 
     measure = MeasureRounding(args.device)
     results = run_each(names, measure, jobs=args.jobs, timeout=args.timeout, progress=show)

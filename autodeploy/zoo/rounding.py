@@ -118,12 +118,13 @@ def table(results: Sequence[Rounding]) -> str:
         f"{'architecture':24} rung plain/32 ours/32 ours/pl | tokens beyond   noise     gap logprob"
         " preempt   hits replays eager     s",
     ]
-    lines += [_row(r) for r in results]
+    lines += [row(r) for r in results]
     agreeing = sum(r.agrees for r in results)
     return "\n".join([*lines, f"{agreeing} of {len(results)} agree"])
 
 
-def _row(r: Rounding) -> str:
+def row(r: Rounding) -> str:
+    """Its line of the table."""
     line = f"{r.name[-24:]:24} {r.rung:4} {r.plain:8.1e} {r.ours:7.1e} {r.between:7.1e} |"
     s = r.served
     if s is not None:
