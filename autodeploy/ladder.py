@@ -108,7 +108,7 @@ def build_runner(
             built.report = run_recipe(
                 program, recipe, check=check if verify else cached, dump_graphs=dump_graphs
             )
-    except _CachesFail as error:
+    except (_CachesFail, CaptureError) as error:
         return _lower_rung(model, built, str(error), reference)
     with built.timed("compile"):
         function = compiled(program)
@@ -168,7 +168,8 @@ def _cached_check(
     """For parts that run as they are: do they go on from what they kept? None: there are none.
 
     Raises:
-        _CachesFail: a stand-in, whose answer it is where `model` can give none, does not.
+        _CachesFail, CaptureError: those of a stand-in, which is asked where `model` can give no
+            answer, do not.
     """
     if not program.module_calls:
         return None
