@@ -59,7 +59,9 @@ def test_stacked_experts_are_scaled_as_one(tmp_path):
     folder = config_alone(tmp_path, "mixtral", initializer_range=3.0)
     model = load_model(folder, "float32", "cpu", load_format="dummy")
     for weight in (w for w in model.parameters() if w.dim() == 3):
-        assert float(weight.detach().square().mean().sqrt()) == pytest.approx(max(weight.shape[1:]) ** -0.5)
+        assert float(weight.detach().square().mean().sqrt()) == pytest.approx(
+            max(weight.shape[1:]) ** -0.5
+        )
 
 
 def test_the_same_weights_come_every_time_and_nobody_elses_numbers_change(tmp_path):

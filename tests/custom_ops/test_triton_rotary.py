@@ -32,12 +32,12 @@ def implementation(op, *args, **kwargs):
         return op.choose(choice)
 
 
-def assert_near(found, expected):
-    """Equal but for single roundings, of which few may fall the other way."""
+def assert_near(found, expected, times=1.0):
+    """Equal but for single roundings, of which few may fall the other way; or `times` as many."""
     assert found.dtype is expected.dtype
     assert found.shape == expected.shape
     wide, exact = found.float(), expected.float()
-    assert (wide - exact).norm() <= EXACT[found.dtype] * exact.norm()
+    assert (wide - exact).norm() <= times * EXACT[found.dtype] * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,7 +112,10 @@ class Step:
         assert chosen.name == "triton"
         assert chosen.capturable
         expected = self.run(rotary_paged_attention.reference, **more)
-        for found, wanted in zip(self.run(chosen.function, **more), expected, strict=True):
+        result, *caches = self.run(chosen.function, **more)
+        # Attention's weights are rounded to the dtype of the values, the reference's are not.
+        assert_near(result, expected[0], times=4)
+        for found, wanted in zip(caches, expected[1:], strict=True):
             assert_near(found, wanted)
 
     def norm(self, **more):
