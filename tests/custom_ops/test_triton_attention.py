@@ -89,7 +89,7 @@ def slots(row, positions, page_size):
     return [int(row[p // page_size]) * page_size + p % page_size for p in positions]
 
 
-def check(arguments):
+def check(arguments, **close):
     """The kernels give what the reference gives, in the result and in the caches."""
     wide = {
         name: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -99,7 +99,7 @@ def check(arguments):
     expected = paged_attention.reference(**wide)
     found = TRITON(**arguments)
     assert found.dtype is arguments["q"].dtype
-    torch.testing.assert_close(found.float(), expected, **CLOSE[found.dtype])
+    torch.testing.assert_close(found.float(), expected, **(close or CLOSE[found.dtype]))
     for name in ("k_cache", "v_cache"):
         torch.testing.assert_close(
             arguments[name].float(), wide[name], rtol=0, atol=0, equal_nan=True
@@ -209,7 +209,8 @@ def test_scores_far_from_one_another():
     for counts in COUNTS.values():
         arguments = step([150, 1, 77], counts, (4, 2, 16, 16), feature="softcap")
         arguments["q"] = arguments["q"] * 300
-        check(arguments | {"softcap": 0.0})
+        # Scores of a thousand: their last bit is 6e-5 in the exponent.
+        check(arguments | {"softcap": 0.0}, rtol=1e-3, atol=1e-3)
         check(arguments)
 
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(not gpu.has_triton(), reason="triton is not inst
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = cached_latent_attention.implementation("triton").function
 CLOSE = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    # On a GPU a product of float32 is three of tf32.
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5 if DEVICE == "cpu" else 5e-5},
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
 }

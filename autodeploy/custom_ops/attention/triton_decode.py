@@ -107,9 +107,7 @@ def decode_heads(
         return out
     group, norm, pdl = heads // kv_heads, turn.norm, gpu.overlaps_launches()
     block_d, block_dv = triton_block(width, 16), triton_block(value_width, 16)
-    cut = cut or tiles(
-        max(block_d, block_dv), q.element_size(), group, tokens * kv_heads, q.device
-    )
+    cut = cut or tiles(max(block_d, block_dv), q.element_size(), group, tokens * kv_heads, q.device)
     ranges = -(-form.visible(block_table.shape[1] * page_size) // (cut.keys * cut.least))
     splits = max(1, min(ranges, cut.programs // (tokens * kv_heads)))
     met = (q, q, q)  # never touched

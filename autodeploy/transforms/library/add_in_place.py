@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from autodeploy.custom_ops.linear import add_linear, fused_linear
+from autodeploy.custom_ops.moe import experts
 from autodeploy.custom_ops.norm import add_rms_norm, rms_norm, rms_norm_add
 
 from ..program import Fact, Program
@@ -33,7 +34,7 @@ aten = torch.ops.aten
 _MAKES_NEW = (
     fused_linear.overload, rms_norm.overload, add_rms_norm.overload, rms_norm_add.overload,
     aten.add.Tensor, aten.mul.Tensor, aten.linear.default, aten.embedding.default,
-    aten.layer_norm.default, aten.index_select.default, aten.index.Tensor,
+    experts.overload, aten.layer_norm.default, aten.index_select.default, aten.index.Tensor,
 )  # fmt: skip
 
 
