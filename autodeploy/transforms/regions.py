@@ -37,21 +37,23 @@ _SPLITS = frozenset(
 )
 _WORK = frozenset(
     {aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default,
-     aten.cat.default, aten.stack.default, aten.repeat.default, aten.repeat_interleave.self_int,
+     aten.cat.default, aten.concatenate.default, aten.stack.default, aten.repeat.default,
+     aten.repeat_interleave.self_int,
      aten.constant_pad_nd.default, aten.pad.default, aten.roll.default, aten.flip.default,
      aten.full.default, aten.zeros.default, aten.ones.default, aten.full_like.default,
      aten.zeros_like.default, aten.ones_like.default, aten.arange.default, aten.arange.start,
      aten.gather.default, aten.scatter.value, aten.scatter.src, aten.triu.default,
      aten.tril.default, aten.softmax.int, aten._softmax.default, aten.log_softmax.int,
      aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.dim,
-     aten.var.correction, aten.linalg_vector_norm.default, aten.any.dim, aten.all.dim}
+     aten.var.correction, aten.linalg_vector_norm.default, aten.any.dim, aten.all.dim,
+     aten.layer_norm.default}
 )  # fmt: skip
 _REDUCES = frozenset(
     {aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.sum.dim_IntList,
      aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.dim, aten.var.correction,
      aten.linalg_vector_norm.default, aten.any.dim, aten.all.dim}
 )  # fmt: skip
-"""Over the dimensions of their second argument, or of `dim`."""
+"""Over the dimensions of `dim`: the second argument, of a norm the third."""
 _LAUNCHES: dict[Any, int] = {aten.scatter.value: 2, aten.scatter.src: 2}
 """Where it is not one."""
 
@@ -183,7 +185,8 @@ def _fusable(node: fx.Node, device: torch.device) -> bool:
 
 def _reduces_known_sizes(node: fx.Node) -> bool:
     """Whether each element of a reduction is of one token: the extent does not vary."""
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    at = 2 if node.target is aten.linalg_vector_norm.default else 1
+    dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else None)
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     if dims is None or dims == []:
         return False
