@@ -71,6 +71,7 @@ def build_engine(config: DeployConfig) -> EngineCore:
                 num_pages=config.num_pages,
                 overlap=config.async_scheduling,
                 graph_sizes=_graph_sizes(config),
+                mixed_graphs=config.cudagraph_mode == "full",
             ),
         )
     # Those of a kept program speak of the start that made it.

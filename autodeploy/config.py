@@ -14,6 +14,7 @@ from .transforms.recipe import Recipe, suggest
 EXECUTORS = ("inprocess", "process")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CUDAGRAPH_MODES = ("full", "full_decode_only")
 
 
 @dataclass
@@ -57,9 +58,12 @@ class DeployConfig:
     num_pages: int | None = None
     """Exact number of KV pages per cache group; overrides the memory budget."""
     enforce_eager: bool = False
-    """On a GPU: launch every kernel of a decoding step by itself, without CUDA graphs."""
+    """On a GPU: launch every kernel of a step by itself, without CUDA graphs."""
     cuda_graph_sizes: Sequence[int] | None = None
     """Numbers of decoding requests to capture CUDA graphs for; None: a range up to max_num_seqs."""
+    cudagraph_mode: str = "full"
+    """Which steps are CUDA graphs. full: decoding ones, and those with prompt tokens up to as many
+    as the device computes while the host launches a step. full_decode_only: decoding ones."""
     async_scheduling: bool | None = None
     """Plan a step while the one before runs; None: on a GPU."""
     executor: str = "inprocess"
@@ -89,6 +93,8 @@ class DeployConfig:
         self._one_of("executor", EXECUTORS)
         self._one_of("dtype", DTYPES)
         self._one_of("load_format", LOAD_FORMATS)
+        self.cudagraph_mode = str(self.cudagraph_mode).lower()  # vLLM writes it in capitals
+        self._one_of("cudagraph_mode", CUDAGRAPH_MODES)
         if self.load_format == "dummy" and not isinstance(self.model, (str, Path)):
             raise ConfigError(
                 "load_format='dummy' makes weights for a checkpoint's config; a live model has "

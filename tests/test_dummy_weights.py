@@ -3,14 +3,17 @@
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
+from transformers import Mamba2Config
 
 from autodeploy import LLM, SamplingParams
 from autodeploy.checkpoint import load_model
 from autodeploy.config import DeployConfig
+from autodeploy.dummy_weights import dummy_model
 from autodeploy.errors import CheckpointError, ConfigError
 from autodeploy.transforms.device_copies import copy_each, move_to_device
 from autodeploy.transforms.program import Weight, WeightSource
 from autodeploy.transforms.recipe import load_recipe
+from autodeploy.transforms.verify import reference_logits
 from autodeploy.warm_start import KeptProgram
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -33,8 +36,32 @@ def test_weights_have_the_class_own_distribution(tmp_path, device, tied):
     for name, weight in model.named_parameters():
         if "norm" in name:
             assert (weight == 1).all()
+        elif "embed" in name and not tied:
+            assert 0.9 < weight.float().std() < 1.1
         else:
             assert 0.04 < weight.float().std() < 0.06
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_deep_models_of_wide_projections_do_not_amplify_rounding(device):
+    config = Mamba2Config(
+        hidden_size=64, num_hidden_layers=32, state_size=16, num_heads=8, head_dim=16, n_groups=1,
+        vocab_size=256, chunk_size=8, initializer_range=0.8,
+    )  # fmt: skip
+    model = dummy_model(config, torch.bfloat16, torch.device(device))
+    assert reference_logits(model).noise < 0.06
+    mixer = model.backbone.layers[3].mixer
+    assert torch.equal(mixer.A_log.cpu(), torch.arange(1, 9).log().bfloat16())
+    assert mixer.in_proj.weight.float().std() < mixer.in_proj.in_features**-0.5
+
+
+def test_stacked_experts_are_scaled_as_one(tmp_path):
+    folder = config_alone(tmp_path, "mixtral", initializer_range=3.0)
+    model = load_model(folder, "float32", "cpu", load_format="dummy")
+    for weight in (w for w in model.parameters() if w.dim() == 3):
+        assert float(weight.detach().square().mean().sqrt()) == pytest.approx(
+            max(weight.shape[1:]) ** -0.5
+        )
 
 
 def test_the_same_weights_come_every_time_and_nobody_elses_numbers_change(tmp_path):

@@ -69,6 +69,24 @@ def test_a_warm_start_gives_the_tokens_of_a_cold_one(tmp_path, name, changes):
         assert warm[1] == [generated(model, p, 12, use_cache=name != "phi3") for p in PROMPTS]
 
 
+def test_compiled_regions_are_loaded_by_a_warm_start_and_run_op_by_op_without_them(
+    tmp_path, cache, caplog
+):
+    folder = checkpoint(tmp_path, "llama")
+    plain = tokens(folder)
+    options = {"overrides": {"fuse_rest": {"devices": ["cpu"], "saves": 2}}}
+    cold = tokens(folder, **options)
+    compiled = list(cache.parent.glob("compiled/*.region"))
+    assert compiled
+    warm = tokens(folder, **options)
+    assert warm == ("warm", cold[1]) == ("warm", plain[1])
+    assert "op by op" not in caplog.text
+    for file in compiled:
+        file.unlink()
+    assert tokens(folder, **options) == warm
+    assert "runs op by op" in caplog.text
+
+
 def test_new_weights_of_the_same_shape_are_read_and_not_remembered(tmp_path):
     folder = checkpoint(tmp_path)
     _, before = tokens(folder)

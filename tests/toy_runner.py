@@ -91,9 +91,12 @@ class ToyRunner:
             assert value.dtype == dtype[kind.split("] ")[1].split(":")[0]]
             assert value.is_contiguous()
         self.steps.append({name: value.clone() for name, value in inputs.items()})
-        rows = [None] * inputs["input_ids"].shape[1]
+        # Tokens and sequences may be padding: of no sequence, and without tokens.
+        rows = [torch.zeros(VOCAB)] * inputs["input_ids"].shape[1]
         bounds = inputs["cu_q"].tolist()
         for at, (begin, end) in enumerate(pairwise(bounds)):
+            if begin == end:
+                continue
             for row, logits in zip(range(begin, end), self._sequence(inputs, at), strict=True):
                 rows[row] = logits
         return torch.stack([rows[row] for row in inputs["logit_index"].tolist()])

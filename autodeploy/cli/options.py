@@ -85,6 +85,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cuda-graph-sizes", type=int, nargs="+", metavar="N",
                        help="numbers of decoding requests to capture graphs for")  # fmt: skip
     group.add_argument(
+        "--cudagraph-mode", type=str.lower, choices=("full", "full_decode_only"),
+        help="which steps are CUDA graphs: all that gain by it, or those without prompt tokens",
+    )  # fmt: skip
+    group.add_argument(
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None,
         help="plan a step while the one before runs (default: on a GPU)",
     )  # fmt: skip
@@ -99,8 +103,8 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
 _DEPLOY = (
     "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
-    "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "async_scheduling", "executor",
-    "trust_remote_code", "verify", "dump_graphs",
+    "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "cudagraph_mode",
+    "async_scheduling", "executor", "trust_remote_code", "verify", "dump_graphs",
 )  # fmt: skip
 
 

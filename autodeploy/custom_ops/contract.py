@@ -126,6 +126,8 @@ class Contract:
     """Ops, with their implementations, that no CUDA graph can hold: the host decides in them."""
     cost: Cost | None = None
     """What a step must read and compute; None: unknown."""
+    calls: int = 0
+    """Calls of the graph that launch something, a kernel or a few each; 0: unknown."""
 
     @property
     def token_groups(self) -> tuple[CacheGroup, ...]:

@@ -1,10 +1,11 @@
-"""DeviceStep: runs a step on an accelerator, decoding ones as CUDA graphs.
+"""DeviceStep: runs a step on an accelerator, if it can as one CUDA graph.
 
 What the host knows of a step is a few numbers per sequence. They are written to pinned memory, and
 everything else happens on the device: block tables live there, and so do tokens that were just
 sampled. A decoding step of a captured size is one launch (`mailbox.py`): the graph begins by
 reading what the host wrote, and ends by choosing the most likely tokens and writing them to where
 the next step and the host look for them. Whoever wants others chooses from its logits afterwards.
+Steps with prompt tokens go by their number of tokens: a copy and one launch (`mixed_graphs.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .batch import StepInputs, StepPlan
 from .device_tables import DeviceTables
 from .graphs import DecodeGraph, graph_sizes
 from .mailbox import Mailbox
+from .mixed_graphs import MixedGraphs, MixedSize
 from .pages import BlockTables
 from .relay import TokenRelay
 from .runner import ModelRunner
@@ -41,10 +43,13 @@ class GraphCounts:
     """Steps by how they ran."""
 
     replayed: int = 0
+    """Decoding steps that were a graph."""
     missed: int = 0
     """Decoding steps that no captured graph has the size for."""
+    mixed_replayed: int = 0
+    """Steps with prompt tokens that were a graph."""
     mixed: int = 0
-    """Steps with prompt tokens, which run without a graph."""
+    """Steps with prompt tokens that ran without one."""
 
 
 class DeviceStep:
@@ -54,10 +59,16 @@ class DeviceStep:
         runner: packed, its caches allocated with one slot more than `num_slots`, for padding.
         num_slots: requests that run at once.
         sizes: numbers of sequences to capture decoding steps for; empty: none.
+        mixed_sizes: of steps with prompt tokens to capture; empty: none.
     """
 
     def __init__(
-        self, runner: ModelRunner, tables: BlockTables, num_slots: int, sizes: Sequence[int]
+        self,
+        runner: ModelRunner,
+        tables: BlockTables,
+        num_slots: int,
+        sizes: Sequence[int],
+        mixed_sizes: Sequence[MixedSize] = (),
     ) -> None:
         self.counts = GraphCounts()
         self._runner = runner
@@ -70,6 +81,9 @@ class DeviceStep:
         self._mixed_sizes = (0, 0, 0)
         self._graphs: dict[int, DecodeGraph] = {}
         self._size_of = graph_sizes(sizes, num_slots)
+        self._mixed_graphs = MixedGraphs(
+            runner, self._inputs, self._tables, self._relay, num_slots, mixed_sizes
+        )
         self._chose = False
         if sizes:
             self._prepare_graphs(max(sizes))
@@ -87,10 +101,15 @@ class DeviceStep:
                 self._tables.update(own=int(new))
                 return self._replay(graph, plan)
             self.counts.missed += bool(self._graphs)
-        else:
-            self.counts.mixed += 1
+            self._tables.update()
+            return self._run(plan)
         self._tables.update()
-        return self._run(plan)
+        logits = self._mixed_graphs.launch(plan)
+        if logits is None:
+            self.counts.mixed += 1
+            return self._run(plan)
+        self.counts.mixed_replayed += 1
+        return logits
 
     def relay(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step launched last sampled `tokens` [S] for `slots` [S]."""
@@ -168,7 +187,7 @@ class DeviceStep:
 
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:
-        pool = None
+        pool = self._mixed_graphs.pool
         self._mailbox.letters.zero_()
         self._mailbox.letters[:, 0] = self._num_slots
         for size in sizes:

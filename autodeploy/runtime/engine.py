@@ -51,6 +51,7 @@ from .messages import (
     TokenLogprob,
     TokenOutput,
 )
+from .mixed_graphs import MixedSize, mixed_sizes, useful_tokens
 from .request import RequestState
 from .runner import ModelRunner
 from .sampler import Sampler
@@ -98,6 +99,9 @@ class EngineConfig:
     """Plan a step while the one before runs; None: on an accelerator."""
     graph_sizes: tuple[int, ...] | None = None
     """Numbers of decoding sequences to capture CUDA graphs for; None: `graphs.default_sizes`."""
+    mixed_graphs: bool = True
+    """Capture steps with prompt tokens too (`mixed_graphs.mixed_sizes`), unless there are to be no
+    graphs at all."""
 
 
 @dataclass
@@ -140,6 +144,16 @@ def _within(config: SchedulerConfig, contract: Contract) -> SchedulerConfig:
     )
 
 
+def _mixed_sizes(
+    config: EngineConfig, scheduler: SchedulerConfig, contract: Contract
+) -> list[MixedSize]:
+    """Steps with prompt tokens to capture; the scheduler's config is the one within all limits."""
+    if not config.mixed_graphs or config.graph_sizes == () or contract.eager:
+        return []
+    tokens = useful_tokens(contract, scheduler.max_num_batched_tokens)
+    return mixed_sizes(tokens, scheduler.max_num_seqs)
+
+
 class EngineCore:
     """Serves requests with one model.
 
@@ -159,7 +173,8 @@ class EngineCore:
         scheduler = _within(config.scheduler, contract)
         memory = config.kv_cache_memory_bytes
         if memory is None and config.num_pages is None:
-            memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization)
+            mixed = _mixed_sizes(config, scheduler, contract)
+            memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization, mixed)
         caches = plan_caches(contract, scheduler, memory, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
         # One slot more: padded sequences of CUDA graphs write there.
@@ -304,7 +319,9 @@ class EngineCore:
                 ", ".join(contract.eager),
             )
             sizes = ()
-        step = DeviceStep(self._runner, tables, num_slots, sizes)
+        scheduler = self._scheduler.config
+        mixed = _mixed_sizes(config, scheduler, contract) if sizes else []
+        step = DeviceStep(self._runner, tables, num_slots, sizes, mixed)
         # What is there now stays: the collector need not look at it again, a million objects of
         # torch and of the graph among them, in the middle of a step.
         gc.collect()
@@ -497,4 +514,4 @@ class EngineCore:
         if isinstance(self._step, DeviceStep):
             counts = self._step.counts
             stats.graph_replays, stats.graph_misses = counts.replayed, counts.missed
-            stats.mixed_steps = counts.mixed
+            stats.mixed_replays, stats.mixed_steps = counts.mixed_replayed, counts.mixed

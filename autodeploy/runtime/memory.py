@@ -1,6 +1,6 @@
 """What a device has left for caches: measured once, before they are made.
 
-    caches = total * utilization - used already - one step's activations - reserves
+    caches = total * utilization - used already - one step's activations - graphs - a reserve
 
 Used already is all that the device does not call free: weights, the context and its kernels, and
 other processes. The activations are measured on the largest step there will be.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from autodeploy.custom_ops.contract import Contract
 from autodeploy.errors import OutOfMemoryError
 
+from .mixed_graphs import MixedSize
 from .pages import pages_needed
 from .runner import ModelRunner
 from .scheduler import PROMPT_LOGPROB_ROWS, SchedulerConfig
@@ -24,7 +26,9 @@ from .scheduler import PROMPT_LOGPROB_ROWS, SchedulerConfig
 logger = logging.getLogger(__name__)
 
 GRAPHS_BYTES = 1 << 30
-"""Kept for CUDA graphs: their common pool of activations, and some MB of nodes for each."""
+"""Kept for CUDA graphs of decoding steps: a pool of activations, and some MB of nodes for each."""
+NODES_BYTES = 8 << 20
+"""Kept for each further graph: its nodes, and what its steps' numbers are staged in."""
 FRAGMENTATION_BYTES = 1 << 29
 """Kept for blocks that the allocator rounds up or cannot join; steps of ever new sizes leave
 some. Where even that is too little it gives back what it keeps and asks again: slower, no more."""
@@ -36,11 +40,12 @@ def memory_for_caches(
     runner: ModelRunner,
     config: SchedulerConfig,
     utilization: float,
-    graphs_bytes: int = GRAPHS_BYTES,
+    mixed: Sequence[MixedSize] = (),
 ) -> int | None:
     """Bytes all caches may take on the runner's device; None if that is the host.
 
     utilization: fraction of the device's memory that may be used in all.
+    mixed: steps with prompt tokens that CUDA graphs will be captured of.
 
     Raises:
         OutOfMemoryError: nothing is left.
@@ -52,12 +57,29 @@ def memory_for_caches(
     torch.cuda.empty_cache()
     # Afterwards: kernels and workspaces that the step has loaded are counted as used.
     free, total = torch.cuda.mem_get_info(device)
-    left = cache_bytes(total, free, utilization, activations, graphs_bytes)
+    graphs = GRAPHS_BYTES + mixed_graphs_bytes(runner.contract, config, activations, mixed)
+    left = cache_bytes(total, free, utilization, activations, graphs)
     logger.info(
         "%s: %.1f GiB, of which %.1f used; steps take %.1f, caches get %.1f",
         device, *(count / 2**30 for count in (total, total - free, activations, left)),
     )  # fmt: skip
     return left
+
+
+def mixed_graphs_bytes(
+    contract: Contract, config: SchedulerConfig, activations: int, sizes: Sequence[MixedSize]
+) -> int:
+    """Bytes that graphs of mixed steps take, where the largest step needs `activations`.
+
+    The largest graph needs its share of those by its tokens, and its logits twice: as they come
+    and where they stay. The others fit into the same pool.
+    """
+    if not sizes:
+        return 0
+    largest = max(sizes)
+    pool = -(-activations * largest.tokens // config.max_num_batched_tokens)
+    logits = 2 * max(size.rows for size in sizes) * contract.vocab_size * contract.dtype.itemsize
+    return pool + logits + NODES_BYTES * len(sizes)
 
 
 def cache_bytes(

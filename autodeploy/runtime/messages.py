@@ -120,8 +120,10 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     """Decoding steps that were one launch of a CUDA graph."""
     graph_misses: int = 0
     """Decoding steps for whose number of requests no graph was captured."""
+    mixed_replays: int = 0
+    """Steps with prompt tokens that were one launch of a CUDA graph."""
     mixed_steps: int = 0
-    """On a GPU: steps with prompt tokens, which run without a graph."""
+    """On a GPU: steps with prompt tokens that ran without a graph."""
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):

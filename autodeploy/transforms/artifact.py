@@ -24,11 +24,12 @@ from autodeploy.custom_ops.op import OPS
 
 from ..errors import TransformError
 from .compiled import CompiledProgram
+from .compiled_region import CompiledRegion
 from .device_copies import copy_each
 from .memory_pages import drop_memory_pages
 from .program import Program, sample_of
 
-FORMAT = 5
+FORMAT = 6
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -69,6 +70,8 @@ class StoredProgram(msgspec.Struct):
     contract: dict[str, Any]
     facts: dict[str, str]
     """What was built, as text."""
+    regions: dict[str, list[list[Any]]]
+    """Nodes of compiled regions, by key: what runs if the compiler's own cache is gone."""
 
 
 def store(
@@ -102,6 +105,8 @@ def store(
         own[name] = _stored(program.source.originals[name])
     try:
         nodes = [_node(n) for n in program.graph.nodes]
+        found = {n.meta["region"] for n in program.graph.nodes if "region" in n.meta}
+        regions = {r.key: [_node(n) for n in r.module.graph.nodes] for r in found}
     except TransformError as error:
         return str(error)
     weights = {
@@ -111,7 +116,7 @@ def store(
         for name, weight in program.weights.items()
     }
     stored = StoredProgram(
-        FORMAT, nodes, weights, own, _contract_to_dict(program.contract), dict(facts)
+        FORMAT, nodes, weights, own, _contract_to_dict(program.contract), dict(facts), regions
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -153,18 +158,32 @@ def restore(
         module.register_buffer(attribute, weights[weight])
     copy_each(_Read.copy, reads, contract.device)
     total = sum(value.nbytes for value in weights.values())
-    nodes: dict[str, fx.Node] = {}
-    for name, kind, target, args, kwargs in stored.nodes:
-        nodes[name] = module.graph.create_node(
-            kind,
-            _target(kind, target),
-            _decoded(args, nodes),
-            _decoded(kwargs, nodes),
-            name,
-        )
+    _read_nodes(module.graph, stored.nodes, _regions(stored))
     module.recompile()
     inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
     return CompiledProgram(module.forward, inputs, contract), total
+
+
+def _read_nodes(
+    graph: fx.Graph, stored: list[list[Any]], regions: Mapping[str, CompiledRegion]
+) -> None:
+    nodes: dict[str, fx.Node] = {}
+    for name, kind, target, args, kwargs in stored:
+        called = _target(kind, target, regions)
+        nodes[name] = graph.create_node(
+            kind, called, _decoded(args, nodes), _decoded(kwargs, nodes), name
+        )
+
+
+def _regions(stored: StoredProgram) -> dict[str, CompiledRegion]:
+    """Compiled regions by key, as the compiler left them on disk."""
+    regions = {}
+    for key, nodes in stored.regions.items():
+        graph = fx.Graph()
+        _read_nodes(graph, nodes, {})
+        regions[key] = CompiledRegion(key, graph)
+        regions[key].load_or_warn()
+    return regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +257,8 @@ def _node(node: fx.Node) -> list[Any]:
 
 
 def _target_name(node: fx.Node) -> str:
+    if "region" in node.meta:
+        return f"region:{node.meta['region'].key}"
     if "implementation" in node.meta and not isinstance(node.target, torch._ops.OpOverload):
         return f"op:{node.meta['op']}:{node.meta['implementation']}"
     if isinstance(node.target, torch._ops.OpOverload):
@@ -247,12 +268,14 @@ def _target_name(node: fx.Node) -> str:
     raise TransformError(f"node '{node.name}' calls {node.target}, which has no name to store")
 
 
-def _target(kind: str, target: str) -> Any:
+def _target(kind: str, target: str, regions: Mapping[str, CompiledRegion]) -> Any:
     if kind != "call_function":
         return target
     family, _, rest = target.partition(":")
     if family == "function":
         return _FUNCTIONS[rest]
+    if family == "region":
+        return regions[rest]
     if family == "op":
         name, _, implementation = rest.partition(":")
         return OPS[name].implementation(implementation).function
@@ -321,6 +344,7 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "lengths": None if contract.lengths is None else dataclasses.asdict(contract.lengths),
         "eager": list(contract.eager),
         "cost": contract.cost,
+        "calls": contract.calls,
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -354,4 +378,5 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         lengths=None if rule is None else LengthRule(**rule | {"steps": tuple(rule["steps"])}),
         eager=tuple(data["eager"]),
         cost=msgspec.convert(data["cost"], Cost | None),
+        calls=data["calls"],
     )

@@ -27,6 +27,7 @@ class StepReport:
     """Sites left alone because the gain was not positive."""
     seconds: float
     nodes: int
+    note: str = ""
 
 
 @dataclass
@@ -41,13 +42,15 @@ class PipelineReport:
         rows = [("step", "matches", "nodes", "seconds")]
         rows += [(s.id, str(s.matches), str(s.nodes), f"{s.seconds:.2f}") for s in self.steps]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
+        lines = [
             "  ".join(
                 c.ljust(w) if i == 0 else c.rjust(w)
                 for i, (c, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
-        )
+        ]
+        notes = [f"{s.id}: {s.note}" for s in self.steps if s.note]
+        return "\n".join(lines + notes)
 
 
 def run_recipe(
@@ -106,7 +109,7 @@ def run_step(program: Program, step: Step) -> StepReport:
             f"step '{step.id}' expects {step.expect} sites and found {matches + skipped}; "
             "set 'expect: 0' if this model has none"
         )
-    transform.finish(program)
+    note = transform.finish(program)
     program.remove_unused()
     program.facts |= transform.gives
     program.facts -= transform.breaks
@@ -117,6 +120,7 @@ def run_step(program: Program, step: Step) -> StepReport:
         skipped,
         time.perf_counter() - started,
         len(program.graph.nodes),
+        note or "",
     )
 
 

@@ -70,8 +70,12 @@ class Transform:
         """Rewrites one site. Sites of one step do not overlap."""
         raise NotImplementedError
 
-    def finish(self, program: Program) -> None:
-        """After the last site: what is done once per program. The driver cleans dead nodes."""
+    def finish(self, program: Program) -> str | None:
+        """After the last site: what is done once per program. The driver cleans dead nodes.
+
+        Returns what a report should say beside the number of matches, if anything.
+        """
+        return None
 
 
 def register_transform(name: str) -> Callable[[type[Transform]], type[Transform]]:

@@ -18,6 +18,7 @@ examples:
   autodeploy zoo --model examples/demo_model
   autodeploy zoo llama mamba2 deepseek_v3
   autodeploy zoo --sample
+  autodeploy zoo --sample --rounding --device cuda --jobs 8
   autodeploy zoo --json new.json --compare docs/zoo.json
 """
 
@@ -42,7 +43,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--markdown", type=Path, help="write the page to read here")
     parser.add_argument(
         "--rounding", action="store_true",
-        help="deploy in bfloat16 instead, and compare with the plain model's own rounding",
+        help="deploy and serve in bfloat16 instead, and compare with the plain model's own "
+        "rounding; with --model: the checkpoint itself",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="with --rounding: where (default cpu)")
     parser.add_argument("--compare", type=Path, help="an earlier --json: print what changed")
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         if args.names or args.sample:
             raise ConfigError("--model takes the place of names and --sample; give one of them")
-        return _report_one(args)
+        return _round_one(args) if args.rounding else _report_one(args)
     return _run_many(args)
 
 
@@ -72,7 +74,7 @@ def _run_many(args: argparse.Namespace) -> int:
     if unknown:
         raise ConfigError(f"transformers maps no causal language model to '{unknown[0]}'")
     if args.rounding:
-        return _run_rounding(names, args.device)
+        return _run_rounding(names, args)
     started = time.monotonic()
     records = run_zoo(names, jobs=args.jobs, timeout=args.timeout, progress=_show)
     seconds = time.monotonic() - started
@@ -88,20 +90,38 @@ def _run_many(args: argparse.Namespace) -> int:
     return int(any(r.failed or (r.rung and not r.exact) for r in records))
 
 
-def _run_rounding(names: list[str], device: str) -> int:
-    import torch
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def _run_rounding(names: list[str], args: argparse.Namespace) -> int:
+    from .rounding import MeasureRounding, Rounding, row, table
+    from .run import run_each
 
-    from .measure import quiet
-    from .rounding import measure_rounding, table
+    def show(result: Rounding, done: int, total: int) -> None:
+        print(f"[{done}/{total}] {row(result)}", file=sys.stderr, flush=True)
 
-    quiet()
-    results = []
-    for name in names:
-        results.append(measure_rounding(name, CONFIG_MAPPING[name], device, torch.bfloat16))
-        print(f"[{len(results)}/{len(names)}] {name}", file=sys.stderr, flush=True)
+    measure = MeasureRounding(args.device)
+    results = run_each(names, measure, jobs=args.jobs, timeout=args.timeout, progress=show)
     print(table(results))
     return int(not all(r.agrees for r in results))
+
+
+def _round_one(args: argparse.Namespace) -> int:
+    from ..checkpoint import load_model
+    from .measure import quiet
+    from .rounding import Models, measure_rounding, table
+
+    quiet()
+
+    def load(dtype: str) -> Any:
+        return load_model(args.model, dtype, args.device, args.trust_remote_code)
+
+    def models() -> Models:
+        low, exact = load("bfloat16"), load("float32")
+        # The same numbers, if the checkpoint has finer ones.
+        exact.load_state_dict(low.state_dict())
+        return low, exact
+
+    result = measure_rounding(str(args.model), models)
+    print(table([result]))
+    return int(not result.agrees)
 
 
 def _earlier(path: Path | None) -> dict[str, Record] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ from torch import nn
 
 from autodeploy.custom_ops.contract import CacheGroup
 from autodeploy.runtime.engine import EngineConfig, EngineCore
-from autodeploy.runtime.messages import EngineRequest, RequestFailed, TokenOutput, one_by_one
+from autodeploy.runtime.messages import (
+    EngineRequest,
+    EngineStats,
+    RequestFailed,
+    TokenOutput,
+    one_by_one,
+)
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.transforms.capture.module_probe import plain_model
@@ -27,12 +33,13 @@ from autodeploy.transforms.capture.module_probe import plain_model
 REQUESTS = 12
 NEAR_TIE = 1e-3
 """Logits closer than this, in units of their spread, are one choice."""
+NO_REPETITION = 1000.0
+"""A penalty under which no token comes twice."""
 _PREFIX = 9
 _LONGEST = 9 + 24 + 12
 _PAGE_SIZE = 4
 _CHUNK = 7
 _MOST_STEPS = 3000
-_NO_REPETITION = 1000.0
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,26 @@ class Served:
 
 
 @dataclass
-class _Request:
+class Request:
+    """One request of the workload, and what the engine answered."""
+
     prompt: list[int]
     count: int
+    """Tokens asked for."""
     arrival: int
-    tokens: list[int]
-    logprobs: list[float]
+    """The step at which it arrives."""
+    penalty: float = NO_REPETITION
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """What each token was chosen by, from logits [count, vocab] of the positions before."""
+        scores = logits.clone()
+        for position, row in enumerate(scores):
+            seen = torch.tensor(self.prompt + self.tokens[:position])
+            penalised = row[seen]
+            row[seen] = penalised.where(penalised < 0, penalised / self.penalty**2) * self.penalty
+        return scores
 
 
 def serve(
@@ -73,7 +94,33 @@ def serve(
     Raises:
         RuntimeError: the engine failed a request or does not come to an end.
     """
-    requests = _workload(runner.contract.vocab_size, seed)
+    requests, stats = answers(runner, seed)
+    wrong, error = 0, 0.0
+    for request in requests:
+        logits = plain_logits(model, request, implementation, causal)
+        rows = zip(logits, request.scores(logits), request.tokens, request.logprobs, strict=True)
+        for row, scores, token, found in rows:
+            error = max(error, abs(float(row.log_softmax(-1)[token]) - found))
+            wrong += int(float(scores.max() - scores[token]) > NEAR_TIE * float(row.std()))
+    tokens = sum(len(r.tokens) for r in requests)
+    return Served(wrong, tokens, error, stats.preemptions, stats.prefix_hits)
+
+
+def answers(
+    runner: Any,
+    seed: int = 1,
+    *,
+    penalties: Sequence[float] = (NO_REPETITION,),
+    overlap: bool | None = None,
+) -> tuple[list[Request], EngineStats]:
+    """The workload with the answers of an engine around `runner`, and what that had to do.
+
+    penalties: on repetition, of the requests in turn. overlap: as in `EngineConfig`.
+
+    Raises:
+        RuntimeError: the engine failed a request or does not come to an end.
+    """
+    requests = _workload(runner.contract.vocab_size, seed, penalties)
     scheduler = SchedulerConfig(
         max_num_seqs=6,
         max_prefill_chunk=_CHUNK,
@@ -81,26 +128,10 @@ def serve(
         max_model_len=_LONGEST + 3,
     )
     num_pages = _scarce_pages(runner.contract.token_groups)
-    engine = EngineCore(runner, EngineConfig(scheduler=scheduler, num_pages=num_pages))
+    config = EngineConfig(scheduler=scheduler, num_pages=num_pages, overlap=overlap)
+    engine = EngineCore(runner, config)
     _run(engine, requests)
-    stats = engine.stats()
-    wrong, error = 0, 0.0
-    for request in requests:
-        rows = zip(
-            _plain_logits(model, request, implementation, causal),
-            request.tokens,
-            request.logprobs,
-            strict=True,
-        )
-        for position, (logits, token, found) in enumerate(rows):
-            error = max(error, abs(float(logits.log_softmax(-1)[token]) - found))
-            seen = torch.tensor(request.prompt + request.tokens[:position])
-            penalised = logits[seen]
-            logits[seen] = penalised.where(penalised < 0, penalised / _NO_REPETITION**2)
-            logits[seen] *= _NO_REPETITION
-            wrong += int(float(logits.max() - logits[token]) > NEAR_TIE * float(logits.std()))
-    tokens = sum(len(r.tokens) for r in requests)
-    return Served(wrong, tokens, error, stats.preemptions, stats.prefix_hits)
+    return requests, engine.stats()
 
 
 def _scarce_pages(groups: Sequence[CacheGroup]) -> int | None:
@@ -113,7 +144,7 @@ def _scarce_pages(groups: Sequence[CacheGroup]) -> int | None:
     return 4 * math.ceil(kept / _PAGE_SIZE) // 3
 
 
-def _workload(vocab_size: int, seed: int) -> list[_Request]:
+def _workload(vocab_size: int, seed: int, penalties: Sequence[float]) -> list[Request]:
     source = random.Random(seed)
     # Low ids are often padding and the like, which some models treat in a way of their own.
     low = min(8, vocab_size // 2)
@@ -126,18 +157,19 @@ def _workload(vocab_size: int, seed: int) -> list[_Request]:
     for index in range(REQUESTS):
         own = source.sample(rest, source.randint(2, 24))
         prompt = (prefix if index % 3 == 0 else []) + own
-        requests.append(_Request(prompt, source.randint(3, 12), source.randint(0, 12), [], []))
+        count, arrival = source.randint(3, 12), source.randint(0, 12)
+        requests.append(Request(prompt, count, arrival, penalties[index % len(penalties)]))
     return requests
 
 
-def _run(engine: EngineCore, requests: list[_Request]) -> None:
+def _run(engine: EngineCore, requests: list[Request]) -> None:
     waiting = sorted(range(len(requests)), key=lambda index: requests[index].arrival)
     for step in range(_MOST_STEPS):
         while waiting and requests[waiting[0]].arrival <= step:
             index = waiting.pop(0)
             params = SamplingParams(
                 temperature=0, max_tokens=requests[index].count, ignore_eos=True, logprobs=0,
-                repetition_penalty=_NO_REPETITION,
+                repetition_penalty=requests[index].penalty,
             )  # fmt: skip
             prompt = requests[index].prompt
             engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
@@ -153,17 +185,18 @@ def _run(engine: EngineCore, requests: list[_Request]) -> None:
     raise RuntimeError(f"the engine has work left after {_MOST_STEPS} steps")
 
 
-def _plain_logits(
-    model: nn.Module, request: _Request, implementation: str | None, causal: bool
+def plain_logits(
+    model: nn.Module, request: Request, implementation: str | None, causal: bool = True
 ) -> torch.Tensor:
-    """[count, vocab] of the positions that chose the request's tokens."""
-    ids = torch.tensor([request.prompt + request.tokens])
+    """[count, vocab] float32 on the CPU, of the positions that chose the request's tokens."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([request.prompt + request.tokens], device=device)
     begin, end = len(request.prompt), ids.shape[1]
     with plain_model(model, implementation):
         if causal:
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
-            return logits[begin - 1 : -1]
-        rows = [
-            model(input_ids=ids[:, :n], use_cache=False).logits[0, -1] for n in range(begin, end)
-        ]
-    return torch.stack(rows).float()
+            rows = model(input_ids=ids, use_cache=False).logits[0, begin - 1 : -1]
+        else:
+            parts = [ids[:, :n] for n in range(begin, end)]
+            rows = torch.stack([model(input_ids=p, use_cache=False).logits[0, -1] for p in parts])
+    logits: torch.Tensor = rows.float().cpu()
+    return logits

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autodeploy.custom_ops import gpu
-from autodeploy.custom_ops.linear import fused_linear, skinny_config, triton_linear
+from autodeploy.custom_ops.linear import add_linear, fused_linear, skinny_config, triton_linear
 from autodeploy.custom_ops.linear.skinny_config import Tiling, tiling_of
 from autodeploy.custom_ops.op import Choice
 
@@ -117,6 +117,70 @@ def test_the_kernel_for_some_tokens_equals_the_reference(tiled, device, dtype, f
     tiled(Tiling("dot", block_n=16, block_k=32, split=split))
     given = arguments(5, 56, 136, form, dtype=dtype, device=device)
     assert_close(run(given), given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("programs", "swap"), [(0, False), (5, False), (5, True)])
+def test_the_kernel_for_many_tokens_equals_the_reference(
+    tiled, device, dtype, form, programs, swap
+):
+    # Tokens as the tall operand: at least 64 of them for the matrix instruction.
+    block_n, block_m = (32, 64) if swap else (64, 32)
+    tiled(Tiling("wide", block_n, 64, block_m=block_m, programs=programs, group=2, swap=swap))
+    given = arguments(70, 216, 136, form, dtype=dtype, device=device)
+    assert_close(run(given), given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("programs", [1, 2, 3, 4, 6, 7, 12, 13, 99])
+def test_tiles_are_shared_among_any_number_of_programs(tiled, device, programs):
+    # 3 x 2 tiles of 5 steps.
+    tiled(Tiling("wide", block_n=32, block_k=64, block_m=32, programs=programs))
+    given = arguments(64, 96, 320, FORMS["residual"], dtype=torch.float16, device=device)
+    first = run(given)
+    assert_close(first, given)
+    assert torch.equal(run(given), first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operands_at_odd_addresses_go_through_a_library(tiled, device):
+    tiled(Tiling("wide", block_n=32, block_k=64, block_m=32))
+    given = arguments(70, 40, 64, FORMS["gate"], dtype=torch.float16, device=device)
+    room = torch.empty(given["x"].numel() + 1, dtype=torch.float16, device=device)[1:]
+    given["x"] = room.view(given["x"].shape).copy_(given["x"])
+    assert_close(run(given), given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling("gemv", block_n=16, block_k=64), Tiling("dot", 16, 32, split=3), Tiling("cublas"),
+        Tiling("wide", 32, 64, block_m=32, programs=4),
+    ],
+    ids=lambda t: t.kernel,
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["residual", "everything"])
+def test_a_sum_in_place_is_the_sum(tiled, device, tiling, form):
+    tiled(tiling)
+    tokens = 2 if tiling.kernel == "gemv" else 5
+    given = arguments(tokens, 56, 136, FORMS[form], dtype=torch.float16, device=device)
+    expected = run(given)
+    for name in ("reference", "triton"):
+        residual = given["residual"].clone()
+        function = add_linear.implementation(name).function
+        assert function(**{**given, "residual": residual}) is None
+        if name == "triton":
+            assert torch.equal(residual, expected)
+        assert_close(residual, given)
+    # A residual with gaps between its rows.
+    wide = torch.cat([given["residual"]] * 2, dim=-1)
+    columns = expected.shape[-1]
+    triton_linear.add_linear_rows(**{**given, "residual": wide[..., :columns]})
+    assert torch.equal(wide[..., :columns], expected)
+    assert torch.equal(wide[..., columns:], given["residual"])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,5 +1,6 @@
 """paged_attention in Triton against its reference: one token a sequence, and any number."""
 
+import contextlib
 import itertools
 import random
 
@@ -14,7 +15,12 @@ pytestmark = pytest.mark.skipif(not gpu.has_triton(), reason="triton is not inst
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = paged_attention.implementation("triton").function
 CLOSE = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    # tf32x3 keeps some 20 bits of a score: a power of one near 1000, as here with slopes and with
+    # scores far apart, is 1e-3 off. The interpreter multiplies in float32.
+    torch.float32: {
+        "rtol": 1e-3 if DEVICE == "cuda" else 1e-4,
+        "atol": 1e-4 if DEVICE == "cuda" else 1e-5,
+    },
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
 }
@@ -83,7 +89,7 @@ def slots(row, positions, page_size):
     return [int(row[p // page_size]) * page_size + p % page_size for p in positions]
 
 
-def check(arguments):
+def check(arguments, **close):
     """The kernels give what the reference gives, in the result and in the caches."""
     wide = {
         name: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -93,7 +99,7 @@ def check(arguments):
     expected = paged_attention.reference(**wide)
     found = TRITON(**arguments)
     assert found.dtype is arguments["q"].dtype
-    torch.testing.assert_close(found.float(), expected, **CLOSE[found.dtype])
+    torch.testing.assert_close(found.float(), expected, **(close or CLOSE[found.dtype]))
     for name in ("k_cache", "v_cache"):
         torch.testing.assert_close(
             arguments[name].float(), wide[name], rtol=0, atol=0, equal_nan=True
@@ -138,12 +144,36 @@ def test_a_long_sequence_cut_into_ranges_is_whole_every_time(feature):
 def test_the_number_of_ranges_changes_nothing(monkeypatch, programs, least):
     tiles = triton_paged.DecodeTiles(32, least, programs, 4, 2)
     monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: tiles)
-    check(step([400, 1, 97], [1, 1, 1], (4, 2, 16, 16)))
+    check(step([400, 3, 97], [1, 3, 1], (4, 2, 16, 16)))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1], [1, 1, 1], [0, 0, 3]])
 def test_as_many_tokens_as_sequences_need_not_be_one_each(counts):
     check(step([150, 40, 77], counts, (4, 2, 16, 16)))
+
+
+@pytest.mark.parametrize("extra", [1, 5, 40, 150])
+@pytest.mark.parametrize("counts", [[9, 1, 0, 0], [1, 12], [3], [1, 2, 1], [0, 2, 0, 0]])
+def test_rows_that_no_sequence_owns_are_zeros(counts, extra):
+    arguments = step([max(1, 30 + count) for count in counts], counts, (6, 2, 24, 96))
+    expected = paged_attention.reference(**arguments)
+    for name in ("q", "k", "v", "slot"):
+        # Each writes what the first token writes, and where.
+        arguments[name] = torch.cat((arguments[name], *[arguments[name][:1]] * extra))
+    with filled_with_nan():
+        found = TRITON(**arguments)
+    torch.testing.assert_close(found[: sum(counts)], expected, **CLOSE[torch.float32])
+    assert not found[sum(counts) :].any()
+
+
+@contextlib.contextmanager
+def filled_with_nan():
+    """Memory that is asked for uninitialised has no numbers in it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_many_short_sequences_of_any_number_of_tokens():
@@ -179,7 +209,8 @@ def test_scores_far_from_one_another():
     for counts in COUNTS.values():
         arguments = step([150, 1, 77], counts, (4, 2, 16, 16), feature="softcap")
         arguments["q"] = arguments["q"] * 300
-        check(arguments | {"softcap": 0.0})
+        # Scores of a thousand: their last bit is 6e-5 in the exponent.
+        check(arguments | {"softcap": 0.0}, rtol=1e-3, atol=1e-3)
         check(arguments)
 
 

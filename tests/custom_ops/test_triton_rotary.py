@@ -11,12 +11,9 @@ from autodeploy.custom_ops.rope.triton_rope import Tiles, turn_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Triton's interpreter cuts bfloat16 off where the device rounds it; float16 it rounds.
-EXACT = {
-    torch.float32: 1e-5,
-    torch.float16: 1e-3,
-    torch.bfloat16: 2e-3 if DEVICE == "cuda" else 2e-2,
-}
+# Triton's interpreter cuts bfloat16 off where the device rounds it: 2e-2 of the norm, and no more
+# is said there.
+CUT_OFF = 2e-2
 
 
 def numbers(*shape, dtype, seed):
@@ -32,12 +29,29 @@ def implementation(op, *args, **kwargs):
         return op.choose(choice)
 
 
-def assert_near(found, expected):
-    """Equal but for single roundings, of which few may fall the other way."""
+def assert_near(found, expected, exact, factor=1.3):
+    """What is found is at most `factor` times as far from the exact result as the reference is.
+
+    Exact is the reference in float32. A product that the compiler fuses with a sum is not rounded
+    by itself, so that 16-bit results are not equal, and on the whole nearer to it.
+    """
     assert found.dtype is expected.dtype
     assert found.shape == expected.shape
-    wide, exact = found.float(), expected.float()
-    assert (wide - exact).norm() <= EXACT[found.dtype] * exact.norm()
+    distance, allowed = ((x.float() - exact).norm() for x in (found, expected))
+    if found.dtype is torch.float32:
+        allowed = 1e-5 * exact.norm()
+    if found.dtype is torch.bfloat16 and DEVICE == "cpu":
+        allowed = CUT_OFF * exact.norm()
+    assert distance <= factor * allowed
+
+
+def widened(given):
+    """Floating tensors of a dict, or of a sequence, in float32; all else as it is."""
+    if isinstance(given, dict):
+        return dict(zip(given, widened(given.values()), strict=True))
+    return [
+        x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,9 +71,10 @@ def test_heads_are_turned_where_they_lie_in_a_projection(
     chosen = implementation(rope, *args)
     assert chosen.name == "triton"
     assert chosen.capturable
-    for found, expected in zip(chosen.function(*args), rope.reference(*args), strict=True):
+    results = chosen.function(*args), rope.reference(*args), rope.reference(*widened(args))
+    for found, expected, exact in zip(*results, strict=True):
         assert found.is_contiguous()
-        assert_near(found, expected)
+        assert_near(found, expected, exact)
 
 
 def test_heads_of_another_dtype_than_their_table_are_left_to_the_reference():
@@ -92,16 +107,20 @@ class Step:
         self.table = [numbers(1, 4, rotated, dtype=dtype, seed=s) for s in (3, 4)]
         self.weights = [numbers(width, dtype=dtype, seed=s) for s in (5, 6)]
 
-    def run(self, function, **more):
-        """The output and both caches."""
+    def run(self, function, wide=False, **more):
+        """The output and both caches; wide: of all numbers in float32."""
         # The reference takes no other layout of pages.
         spread = function is not rotary_paged_attention.reference
         form = torch.preserve_format if spread else torch.contiguous_format
         caches = [cache.clone(memory_format=form) for cache in self.caches]
+        if wide:
+            caches = widened(caches)
         given = dict(
             zip(("q", "k", "v", "k_cache", "v_cache"), [*self.heads, *caches], strict=True)
         )
         given |= {**self.metadata, "scale": 0.3, **more}
+        if wide:
+            given = widened(given)
         return [function(*rotary_paged_attention.bind((), given).values()), *caches]
 
     def check(self, **more):
@@ -111,9 +130,12 @@ class Step:
         chosen = implementation(rotary_paged_attention, **given, **self.metadata, scale=0.3, **more)
         assert chosen.name == "triton"
         assert chosen.capturable
-        expected = self.run(rotary_paged_attention.reference, **more)
-        for found, wanted in zip(self.run(chosen.function, **more), expected, strict=True):
-            assert_near(found, wanted)
+        reference = rotary_paged_attention.reference
+        found = self.run(chosen.function, **more)
+        expected, exact = self.run(reference, **more), self.run(reference, wide=True, **more)
+        # The kernels also round probabilities: two errors of one size, 1.4 of one.
+        for index, factor in enumerate((2.0, 1.3, 1.3)):
+            assert_near(found[index], expected[index], exact[index], factor)
 
     def norm(self, **more):
         return {"q_eps": 1e-5, "k_eps": 1e-3, **more}
@@ -181,9 +203,11 @@ def test_the_table_of_cosines_and_sines(dtype, layout, tokens):
     args = (positions, frequencies, 1.25, layout, dtype)
     chosen = implementation(rotary_table, *args)
     assert chosen.name == "triton"
-    for found, expected in zip(chosen.function(*args), rotary_table.reference(*args), strict=True):
+    exact = rotary_table.reference(*args[:4], torch.float32)
+    results = chosen.function(*args), rotary_table.reference(*args), exact
+    for found, expected, wide in zip(*results, strict=True):
         assert found.shape == (1, tokens, 6 if layout == "once" else 12)
-        assert_near(found, expected)
+        assert_near(found, expected, wide)
 
 
 def test_halves_of_the_work_on_split_heads_are_the_work():

@@ -94,6 +94,8 @@ def test_options_and_recipes_before_anything_is_loaded(model):
         deploy(model, max_model_length=3)
     with pytest.raises(ConfigError, match="max_num_seqs must be a positive integer, not 0"):
         deploy("no/such/checkpoint", max_num_seqs=0)
+    with pytest.raises(ConfigError, match="cudagraph_mode must be one of full, full_decode_only"):
+        deploy("no/such/checkpoint", cudagraph_mode="PIECEWISE")
     with pytest.raises(ConfigError, match="executor must be one of inprocess, process"):
         deploy("no/such/checkpoint", executor="thread")
     with pytest.raises(RecipeError, match="did you mean 'steps'"):

@@ -10,11 +10,14 @@ from autodeploy.errors import OutOfMemoryError
 from autodeploy.ladder import build_runner
 from autodeploy.runtime.memory import (
     FRAGMENTATION_BYTES,
+    NODES_BYTES,
     cache_bytes,
     largest_step,
     measure_activation_bytes,
     memory_for_caches,
+    mixed_graphs_bytes,
 )
+from autodeploy.runtime.mixed_graphs import mixed_sizes
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.transforms.recipe import load_recipe
 
@@ -39,6 +42,16 @@ def test_more_than_is_free_is_never_given():
 def test_a_full_device_is_refused_with_what_to_change():
     with pytest.raises(OutOfMemoryError, match="lower max_num_batched_tokens"):
         cache_bytes(100 * GIB, 12 * GIB, 0.9, activations=GIB)
+
+
+def test_graphs_of_mixed_steps_have_room_for_the_largest_and_for_their_nodes():
+    contract = runner_of("llama").contract
+    assert mixed_graphs_bytes(contract, CONFIG, GIB, []) == 0
+    few, more = (
+        mixed_graphs_bytes(contract, CONFIG, GIB, mixed_sizes(tokens, 5)) for tokens in (32, 40)
+    )
+    logits = 2 * 5 * contract.vocab_size * 4
+    assert few == more == GIB * 32 // 40 + 1 + logits + NODES_BYTES
 
 
 def test_the_largest_step_has_all_tokens_and_all_sequences():

@@ -51,7 +51,13 @@ def test_softmax_routers_become_one_op(kind, normalize, dtype):
     assert {made[2] for made in routes(program)} <= {torch.float32, dtype}
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "llama"])
+def test_a_softmax_of_the_chosen_alone_is_a_normalized_one():
+    program = rewritten(tiny_model("gpt_oss"), 2, tolerance=1e-5)
+    assert [made[1] for made in routes(program)] == [True, True]
+    assert count(program, aten.topk.default) == count(program, aten.softmax.int) == 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "llama"])
 def test_other_routers_are_spared(kind):
     rewritten(tiny_model(kind), 0)
 
@@ -90,8 +96,19 @@ def double(x):
     return values.float(), index
 
 
+def chosen_read_twice(x):
+    values, index = x.topk(3)
+    return values.softmax(-1) + values, index
+
+
+def softmax_along_tokens(x):
+    values, index = x.topk(3)
+    return values.softmax(0), index
+
+
 @pytest.mark.parametrize(
-    "change", [smallest, along_tokens, softmax_read_twice, no_softmax, double],
+    "change", [smallest, along_tokens, softmax_read_twice, no_softmax, double, chosen_read_twice,
+               softmax_along_tokens],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_near_misses_are_spared(change):

@@ -13,6 +13,7 @@ from .paged_attention_kernel import (
     LOG2E,
     LOWEST,
     add_sink,
+    clear_unowned,
     find_block,
     lowest_seen,
     shape_scores,
@@ -233,12 +234,12 @@ def latent_merge_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "sequences", "blocks", "window", "chunk"],
+    do_not_specialize=["table_stride", "sequences", "blocks", "tokens", "window", "chunk"],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
 )
 def latent_prefill_kernel(
     q_ptr, cache_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
-    q_token, q_head, c_page, c_slot, c_head, table_stride, sequences, blocks,
+    q_token, q_head, c_page, c_slot, c_head, table_stride, sequences, blocks, tokens,
     scale, unit, softcap, window, chunk,
     HKV: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_MAIN: tl.constexpr,
@@ -249,6 +250,7 @@ def latent_prefill_kernel(
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, one group of heads.
 
     See `find_block`. A sequence that brings a single token is left to `latent_decode_kernel`.
+    Rows that no sequence owns become zeros.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -258,6 +260,10 @@ def latent_prefill_kernel(
     # The last tokens of a sequence see the most keys: they begin first.
     block = blocks - 1 - tl.program_id(0) // HKV
     sequence, begin, end, first = find_block(cu_q_ptr, sequences, block, TOKENS)
+    clear_unowned(
+        out_ptr, sequence, end, first, sequences, tokens, kv_head, HKV, GROUP, TOKENS, DV, BLOCK_M,
+        BLOCK_MAIN,
+    )  # fmt: skip
     if (first >= end) | (end - begin == 1):
         return
     m = tl.arange(0, BLOCK_M)

@@ -196,7 +196,7 @@ def decode_kernel(
                 tl.debug_barrier()
                 before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")
                 if before == used - 1:
-                    _merge_splits(
+                    merge_splits(
                         out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits,
                         used, GROUP, DV, BLOCK_DV, MERGE_G, MERGE_S, SINKS,
                     )  # fmt: skip
@@ -204,7 +204,7 @@ def decode_kernel(
 
 
 @triton.jit
-def _merge_splits(
+def merge_splits(
     out_ptr, partial_ptr, stats_ptr, sinks_ptr, row, place, kv_head, splits, used,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MERGE_G: tl.constexpr,
     MERGE_S: tl.constexpr, SINKS: tl.constexpr,
@@ -213,27 +213,28 @@ def _merge_splits(
 
     Other programs wrote them, so they are read past the first-level cache.
     """
-    dv = tl.arange(0, BLOCK_DV)
+    dv = tl.arange(0, BLOCK_DV)[None, None, :]
     for first_head in range(0, GROUP, MERGE_G):
         g = first_head + tl.arange(0, MERGE_G)
         acc = tl.zeros([MERGE_G, BLOCK_DV], tl.float32)
         top = tl.full([MERGE_G], LOWEST, tl.float32)
         total = tl.zeros([MERGE_G], tl.float32)
         for first in range(0, used, MERGE_S):
+            # Ranges in the middle: a warp has a head, and a thread the same numbers of all ranges.
             s = first + tl.arange(0, MERGE_S)
-            part = (place * splits + s)[:, None] * GROUP + g[None, :]
-            there = (s < used)[:, None] & (g < GROUP)[None, :]
+            part = (place * splits + s)[None, :] * GROUP + g[:, None]
+            there = (s < used)[None, :] & (g < GROUP)[:, None]
+            parts = tl.load(
+                partial_ptr + part[:, :, None] * DV + dv, mask=there[:, :, None] & (dv < DV),
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
             tops = tl.load(stats_ptr + part * 2, mask=there, other=LOWEST, cache_modifier=".cg")
             totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            parts = tl.load(
-                partial_ptr + part[:, :, None] * DV + dv[None, None, :],
-                mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(tops, 0))
+            new_top = tl.maximum(top, tl.max(tops, 1))
             shrink = tl.exp2(top - new_top)
-            share = tl.exp2(tops - new_top[None, :])
-            total = total * shrink + tl.sum(totals * share, 0)
-            acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 0)
+            share = tl.exp2(tops - new_top[:, None])
+            total = total * shrink + tl.sum(totals * share, 1)
+            acc = acc * shrink[:, None] + tl.sum(parts * share[:, :, None], 1)
             top = new_top
         if SINKS:
             head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
@@ -241,8 +242,9 @@ def _merge_splits(
             acc, total = add_sink(acc, top, total, sink)
         # Heads past the group have no keys.
         total = tl.where(g < GROUP, total, 1.0)
-        out_at = out_ptr + (row * GROUP + g)[:, None] * DV + dv[None, :]
-        kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
+        column = tl.arange(0, BLOCK_DV)[None, :]
+        out_at = out_ptr + (row * GROUP + g)[:, None] * DV + column
+        kept = (g < GROUP)[:, None] & (column < DV)
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 
@@ -266,14 +268,35 @@ def find_block(cu_q_ptr, sequences, block, TOKENS: tl.constexpr):
     return low, begin, end, begin + (block - (begin // TOKENS + low)) * TOKENS
 
 
+@triton.jit
+def clear_unowned(
+    out_ptr, low, end, first, sequences, tokens, kv_head, HKV: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Zeros for what a block has of the rows after the last sequence, up to `tokens`.
+
+    The last sequence's blocks, used and left over, reach to the end of them (see `find_block`).
+    What was there before could be no numbers, and later layers would write that into pages.
+    """
+    if (low == sequences - 1) & (first + TOKENS > end):
+        m = tl.arange(0, BLOCK_M)
+        dv = tl.arange(0, BLOCK_DV)
+        token = first + m // GROUP
+        unowned = (m < TOKENS * GROUP) & (token >= end) & (token < tokens)
+        row = tl.cast(token, tl.int64) * (HKV * GROUP) + kv_head * GROUP + m % GROUP
+        nothing = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32).to(out_ptr.dtype.element_ty)
+        at = out_ptr + row[:, None] * DV + dv[None, :]
+        tl.store(at, nothing, mask=unowned[:, None] & (dv < DV)[None, :])
+
+
 @triton.jit(
-    do_not_specialize=["table_stride", "sequences", "blocks", "window", "chunk"],
+    do_not_specialize=["table_stride", "sequences", "blocks", "tokens", "window", "chunk"],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
 )
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_q_ptr, kv_len_ptr, table_ptr, sinks_ptr, slopes_ptr,
     q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_stride, sequences,
-    blocks, scale, unit, softcap, window, chunk,
+    blocks, tokens, scale, unit, softcap, window, chunk,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
@@ -281,7 +304,8 @@ def prefill_kernel(
 ):  # fmt: skip
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, all heads of one kv head.
 
-    See `find_block`. A sequence that brings a single token is left to `decode_kernel`.
+    See `find_block`. A sequence that brings a single token is left to `decode_kernel`. Rows that
+    no sequence owns become zeros.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -291,6 +315,10 @@ def prefill_kernel(
     # The last tokens of a sequence see the most keys: they begin first.
     block = blocks - 1 - tl.program_id(0) // HKV
     low, begin, end, first = find_block(cu_q_ptr, sequences, block, TOKENS)
+    clear_unowned(
+        out_ptr, low, end, first, sequences, tokens, kv_head, HKV, GROUP, TOKENS, DV, BLOCK_M,
+        BLOCK_DV,
+    )  # fmt: skip
     if (first >= end) | (end - begin == 1):
         return
     m = tl.arange(0, BLOCK_M)

@@ -67,7 +67,7 @@ def attend_latents(
 ) -> torch.Tensor:
     """`cached_latent_attention` once the rows are written: [T, Hq, value_width].
 
-    Takes what `attend_pages` takes, and likewise leaves rows that no sequence owns.
+    Takes what `attend_pages` takes, and treats rows that no sequence owns alike.
     """
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -177,9 +177,9 @@ def launch_prefill(site: _Site, form: Form, tiles: LatentTiles) -> None:
     blocks = len(site.q) // (tiles.rows // shape["GROUP"]) + len(site.kv_len)
     pdl = gpu.overlaps_launches()
     latent_prefill_kernel[(blocks * shape["HKV"],)](
-        *site.addresses, *form.tensors, *site.strides, len(site.kv_len), blocks, *form.numbers,
-        **shape, **form.flags, PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
-        **overlap(pdl),
+        *site.addresses, *form.tensors, *site.strides, len(site.kv_len), blocks, len(site.q),
+        *form.numbers, **shape, **form.flags, PDL=pdl, num_warps=tiles.warps,
+        num_stages=tiles.stages, **overlap(pdl),
     )  # fmt: skip
 
 

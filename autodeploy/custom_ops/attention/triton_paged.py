@@ -4,8 +4,9 @@ Two kernels. Where a sequence brings one token its keys are cut into ranges, so 
 sequences fill the device as well as many short ones (Flash-Decoding, Dao et al., 2023). Where it
 brings more, blocks of queries go over their keys, as in FlashAttention-2 (Dao, 2023). A step with
 as many tokens as sequences is launched as the first alone, any other as both, and each leaves the
-other's sequences alone. Every grid is known from shapes: a CUDA graph holds the launches, the
-lengths stay on the device.
+other's sequences alone. Of the former, all but the widest go to `triton_decode` instead, a single
+launch with the writing of keys. Every grid is known from shapes: a CUDA graph holds the launches,
+the lengths stay on the device.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def attend_pages(
 
     q [T, Hq, D] with any strides but the last, which is 1; cu_q, kv_len [B] and block_table
     [B, W] int32; the block table may hold anything after the pages of kv_len; `scale` is above 0.
-    Rows of the result that no sequence owns, from cu_q[B] on, are not written. Not for two streams
-    at a time: the ranges of a sequence meet in memory that launches share.
+    Rows of the result that no sequence owns, from cu_q[B] on, are zeros, but where T is B: there
+    they are not written. Not for two streams at a time: the ranges of a sequence meet in memory
+    that launches share.
     """
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -209,14 +211,14 @@ def launch_decode(site: _Site, form: Form, tiles: DecodeTiles) -> None:
     rows = site.sequences * site.heads
     ranges = -(-form.visible(site.longest) // (tiles.keys * tiles.least))
     splits = max(1, min(ranges, tiles.programs // rows))
-    scratch = (site.q, site.q, site.q)  # never touched
+    met = (site.q, site.q, site.q)  # never touched
     if splits > 1:
-        scratch = _scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
+        met = scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
     block_dv = site.shape["BLOCK_DV"]
     merged = min(triton_block(site.group), max(1, 2048 // block_dv))
     pdl = gpu.overlaps_launches()
     decode_kernel[(rows * splits,)](
-        *site.addresses, *form.tensors, *scratch, *site.strides, splits, tiles.least,
+        *site.addresses, *form.tensors, *met, *site.strides, splits, tiles.least,
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
@@ -232,8 +234,8 @@ def launch_prefill(site: _Site, form: Form, tiles: PrefillTiles) -> None:
     blocks = len(site.q) // (tiles.rows // site.group) + site.sequences
     pdl = gpu.overlaps_launches()
     prefill_kernel[(blocks * site.heads,)](
-        *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, *form.numbers,
-        **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
+        *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, len(site.q),
+        *form.numbers, **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
         **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
@@ -244,7 +246,7 @@ def overlap(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
-def _scratch(
+def scratch(
     device: torch.device, programs: int, group: int, value_width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the ranges of a sequence meet: their sums, their scales, and how many have arrived.
@@ -338,6 +340,11 @@ def triton_paged(
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention`; see `attend_pages`."""
+    from .triton_decode import decode_heads, holds
+
+    if holds(q, k, len(kv_len)):
+        form = Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
+        return decode_heads(q, k, v, k_cache, v_cache, cu_q, kv_len, block_table, slot, form)
     write_pages(k, v, k_cache, v_cache, slot)
     return attend_pages(
         q, k_cache, v_cache, cu_q, kv_len, block_table, scale, window, chunk, softcap, sinks,

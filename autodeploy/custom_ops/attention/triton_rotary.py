@@ -1,4 +1,7 @@
-"""rotary_paged_attention in Triton: a launch that turns and writes heads, then `attend_pages`."""
+"""rotary_paged_attention in Triton: one launch for a decoding step, else two or three.
+
+The first of several turns heads and writes keys and values to their pages; `attend_pages` follows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ..op import Choice
 from ..rope.triton_rope import HeadNorm, Pages, applies, turn_heads
 from . import triton_paged
 from .rotary_paged_attention import rotary_paged_attention
+from .triton_decode import Turn, decode_heads, holds
 
 
 def _applies(choice: Choice) -> bool:
@@ -50,9 +54,13 @@ def triton_rotary(
     cast_before_weight: bool = True,
 ) -> torch.Tensor:
     """As `rotary_paged_attention`; one dtype."""
+    norm = HeadNorm(q_norm, k_norm, q_eps, k_eps, norm_offset, cast_before_weight)
+    if holds(q, k, len(kv_len)):
+        form = triton_paged.Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
+        turn = Turn(norm, cos, sin, interleaved)
+        return decode_heads(q, k, v, k_cache, v_cache, cu_q, kv_len, block_table, slot, form, turn)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     turned = q.new_empty(q.shape)
-    norm = HeadNorm(q_norm, k_norm, q_eps, k_eps, norm_offset, cast_before_weight)
     pages = Pages(v, k_cache, v_cache, slot)
     turn_heads(q, k, cos, sin, interleaved, turned, norm=norm, pages=pages)
     return triton_paged.attend_pages(

@@ -15,12 +15,13 @@ from ..gate.triton_gate import gate_rows
 from ..moe.gates import ACTIVATIONS, activate
 from ..norm.triton_norm import rms_norm_rows
 from ..op import Choice
+from .add_linear import add_linear
+from .arrivals import MAX_TILES, arrivals_of
 from .fused_linear import fused_linear
 from .skinny_config import Tiling, padded, tiling_of
+from .wide_linear import can_be_wide, wide_linear
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# Tiles that parts of a split product can be counted for.
-_MAX_TILES = 4096
 
 
 def _applies(choice: Choice) -> bool:
@@ -55,6 +56,49 @@ def fused_linear_rows(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `fused_linear`; all tensors of one 2-byte dtype."""
+    return _product(
+        x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
+        gated, residual,
+    )  # fmt: skip
+
+
+@add_linear.implement("triton", when=_applies, priority=10, capturable=True)
+def add_linear_rows(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm: bool = False,
+    eps: float = 0.0,
+    norm_offset: float = 0.0,
+    cast_before_weight: bool = True,
+    activation: str = "",
+    gated: bool = False,
+) -> None:
+    """As `add_linear`; all tensors of one 2-byte dtype."""
+    form = (norm_weight, norm, eps, norm_offset, cast_before_weight, activation, gated, residual)
+    if residual.is_contiguous():
+        _product(x, weight, bias, *form, in_place=True)
+    else:
+        residual.copy_(_product(x, weight, bias, *form))
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm: bool,
+    eps: float,
+    norm_offset: float,
+    cast_before_weight: bool,
+    activation: str,
+    gated: bool,
+    residual: torch.Tensor | None,
+    in_place: bool = False,
+) -> torch.Tensor:
+    """As `fused_linear`. in_place: the result overwrites the residual, which is contiguous."""
     rows, width = weight.shape
     tokens = x.numel() // width
     shape = (*x.shape[:-1], rows // 2 if gated else rows)
@@ -63,7 +107,7 @@ def fused_linear_rows(
     ends = bool(activation) or residual is not None
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors(), ends, norm)
     # In float16, x times the norm's weight may leave the range that a normed row stays in.
-    apart = tiling.kernel == "cublas" or (
+    apart = tiling.kernel in ("cublas", "wide") or (
         tiling.kernel == "dot" and (not tiling.norms or x.dtype is torch.float16)
     )
     if norm and apart:
@@ -71,12 +115,16 @@ def fused_linear_rows(
     x = x.reshape(tokens, width)
     if residual is not None:
         residual = residual.reshape(tokens, -1)
-    if tiling.kernel == "cublas":
-        y = _with_cublas(x, weight, bias, activation, gated, residual)
+    # One object for both: cuBLAS copies a residual that is not the very tensor it writes.
+    out = residual if in_place else None
+    if tiling.kernel == "wide" and can_be_wide(x, weight):
+        y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
+    elif tiling.kernel in ("cublas", "wide"):
+        y = _with_cublas(x, weight, bias, activation, gated, residual, out)
     else:
         y = skinny_linear(
             x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
-            gated, residual, tiling,
+            gated, residual, tiling, out,
         )  # fmt: skip
     return y.view(shape)
 
@@ -94,14 +142,19 @@ def skinny_linear(
     gated: bool,
     residual: torch.Tensor | None,
     tiling: Tiling,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [tokens, K] and residual [tokens, columns] on one kernel, with a given tiling."""
+    """x [tokens, K] and residual [tokens, columns] on one kernel, with a given tiling.
+
+    out: None, or what the result is written to, contiguous; it may be the residual.
+    """
     from .skinny_kernel import dot_kernel, gemv_kernel
 
     x = x.contiguous()
     tokens, width = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
     programs = -(-columns // tiling.block_n)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {
@@ -131,12 +184,12 @@ def skinny_linear(
         )  # fmt: skip
         return out
     block_m = padded(tokens)
-    split = tiling.split if programs <= _MAX_TILES else 1
+    split = tiling.split if programs <= MAX_TILES else 1
     slot = block_m * (tiling.block_n * (2 if gated else 1) + 1)
     scratch = arrivals = out
     if split > 1:
         scratch = torch.empty(programs * split * slot, dtype=torch.float32, device=x.device)
-        arrivals = _arrivals(x.device)
+        arrivals = arrivals_of(x.device)
     dot_kernel[(programs, split)](
         *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
         K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
@@ -155,23 +208,6 @@ def _early(tiling: Tiling, weight: torch.Tensor, split: int) -> int:
     return min(tiling.early, 2 * width // split)
 
 
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """Counters that every launch leaves at zero, so that one set serves a whole stream.
-
-    Zeros asked for while a graph is captured are written when it is replayed, and only there.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        if device not in _counters:
-            return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-        return _counters[device]
-    if device not in _counters:
-        _counters[device] = torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-    return _counters[device]
-
-
-_counters: dict[torch.device, torch.Tensor] = {}
-
-
 def _with_cublas(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -179,13 +215,16 @@ def _with_cublas(
     activation: str,
     gated: bool,
     residual: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [tokens, K] and residual [tokens, columns] on cuBLAS."""
+    """x [tokens, K] and residual [tokens, columns] on cuBLAS. out: as for `skinny_linear`."""
     if residual is not None and bias is None and not gated and not activation:
-        return torch.addmm(residual, x, weight.t())
+        return torch.addmm(residual, x, weight.t(), out=out)
     y = F.linear(x, weight, bias)
     if gated:
         y = gate_rows(y, activation or "linear")
     elif activation:
         y = activate(y, activation)
-    return y if residual is None else residual + y
+    if residual is not None:
+        return torch.add(residual, y, out=out)
+    return y if out is None else out.copy_(y)

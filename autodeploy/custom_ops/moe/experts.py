@@ -15,8 +15,9 @@ from .gates import activate, gate
 @register_op(
     "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation='silu', bool gated=True, "
-    "bool interleaved=False, bool transposed=False, float limit=0.0, float alpha=0.0) -> Tensor",
-    axes="t d^, t k^, t k^, e^ i^ d^, e^ d^ i^, e^ i^, e^ d^ -> t d^",
+    "bool interleaved=False, bool transposed=False, float limit=0.0, float alpha=0.0, "
+    "Tensor? residual=None) -> Tensor",
+    axes="t d^, t k^, t k^, e^ i^ d^, e^ d^ i^, e^ i^, e^ d^, t d^ -> t d^",
 )
 def experts(
     x: torch.Tensor,
@@ -32,13 +33,15 @@ def experts(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, H], top_k_index int64 and top_k_weights [T, k] -> [T, H].
 
     gate_up [E, 2I, H] ([E, I, H] if not gated), down [E, H, I]; transposed: both with their last
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
     another rank and adds nothing. Weights multiply what the experts return, and the sum is
-    rounded once, as in transformers' batched and grouped experts.
+    rounded once, as in transformers' batched and grouped experts. residual [T, H], of x's dtype, is
+    added to it; implementations may add it before they round.
     """
     hidden = x.new_zeros((*top_k_index.shape, x.shape[1]))
     for expert in range(gate_up.shape[0]):
@@ -49,7 +52,8 @@ def experts(
             None if down_bias is None else down_bias[expert],
             activation, gated, interleaved, transposed, limit, alpha,
         )  # fmt: skip
-    return (hidden * top_k_weights[..., None]).sum(1).to(x.dtype)
+    out = (hidden * top_k_weights[..., None]).sum(1).to(x.dtype)
+    return out if residual is None else residual + out
 
 
 @experts.fake
@@ -86,6 +90,7 @@ def sorted_cpu(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Tokens sorted by expert, one product per expert that is hit: unhit weights stay unread."""
     tokens, chosen = top_k_index.shape
@@ -110,7 +115,8 @@ def sorted_cpu(
     unsorted = torch.empty_like(hidden)
     unsorted[order] = hidden
     weighted = unsorted.view(tokens, chosen, x.shape[1]) * top_k_weights[..., None]
-    return weighted.sum(1).to(x.dtype)
+    out = weighted.sum(1).to(x.dtype)
+    return out if residual is None else residual + out
 
 
 def _expert(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..gate.activation_kernel import activate
+from ..linear.skinny_kernel import prefetch
 
 
 @triton.jit
@@ -87,6 +88,8 @@ def block_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
+    KNOWN: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
@@ -94,15 +97,21 @@ def block_product_kernel(
     x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
     its strides; width is WIDTH. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs`
     where there is none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose
-    rows fill a tensor core's 64 better than a few tokens do.
+    rows fill a tensor core's 64 better than a few tokens do. KNOWN: the kernel in front is a
+    product over the same blocks, not what sorted them; then weights are asked for before the wait,
+    EARLY bytes of each row.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL and not KNOWN:
         tl.extra.cuda.gdc_wait()
-    blocks = tl.load(block_count)
+        # Only now: a kernel that starts from here on may read the sorted pairs before it waits.
+        tl.extra.cuda.gdc_launch_dependents()
+    # Not from L1 before the wait: it may hold what was here in an earlier layer.
+    blocks = tl.load(block_count, cache_modifier=".cg")
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     if program >= blocks * COLUMN_BLOCKS:
+        if PDL and KNOWN:
+            tl.extra.cuda.gdc_wait()
         return
     # GROUP blocks share a column's weights, and all columns share the group's rows, in L2.
     first = program // (GROUP * COLUMN_BLOCKS) * GROUP
@@ -111,9 +120,9 @@ def block_product_kernel(
     block = first + within % group
     start = within // group * BLOCK_N
 
-    slot = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    slot = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M), cache_modifier=".cg")
     taken = slot < pairs
-    expert = tl.load(block_expert + block).to(tl.int64)
+    expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
     # Rows of empty slots are computed of row 0 and never written: no mask in the loop.
     x_row = tl.where(taken, slot // CHOICES, 0).to(tl.int64)
     row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED, PAIRED)
@@ -121,6 +130,11 @@ def block_product_kernel(
     depth = tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0
     weight += expert * w_expert
+    if PDL and KNOWN:
+        if EARLY > 0:
+            prefetch(weight, start, COLUMNS, WIDTH, BLOCK_N, EARLY)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     if SWAP:
         x_at = x + (x_row[None, :] * x_stride + depth[:, None])
@@ -179,31 +193,40 @@ def sum_choices_kernel(
     hidden,
     index,
     weights,
+    residual,
     out,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """hidden [T * CHOICES, WIDTH], index and weights [T, CHOICES] -> out [T, WIDTH].
 
-    Rows whose index is no expert here were never written and are not read.
+    Adds residual [T, WIDTH] before the sum is rounded. Rows whose index is no expert here were
+    never written and are not read.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(CHOICES):
-        pair = token * CHOICES + choice
-        expert = tl.load(index + pair)
-        here = (expert >= 0) & (expert < EXPERTS)
-        row = tl.load(hidden + pair * WIDTH + column, mask=inside & here, other=0.0).to(tl.float32)
-        part = row * tl.load(weights + pair).to(tl.float32)
-        if hidden.dtype.element_ty == weights.dtype.element_ty:
-            part = part.to(hidden.dtype.element_ty).to(tl.float32)
-        total += part
+    choice = tl.arange(0, BLOCK_C)
+    pair = token * CHOICES + choice
+    # Before the wait, and not from L1: see `block_product_kernel`.
+    expert = tl.load(index + pair, mask=choice < CHOICES, other=-1, cache_modifier=".cg")
+    here = (expert >= 0) & (expert < EXPERTS)
+    share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    place = pair[:, None] * WIDTH + column[None, :]
+    rows = tl.load(hidden + place, mask=here[:, None] & inside[None, :], other=0.0)
+    parts = rows.to(tl.float32) * share[:, None]
+    if hidden.dtype.element_ty == weights.dtype.element_ty:
+        parts = parts.to(hidden.dtype.element_ty).to(tl.float32)
+    total = tl.sum(parts, axis=0)
+    if HAS_RESIDUAL:
+        other = tl.load(residual + token * WIDTH + column, mask=inside, other=0.0)
+        total += other.to(tl.float32)
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)

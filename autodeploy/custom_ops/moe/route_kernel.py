@@ -31,16 +31,18 @@ def route_kernel(
     value = tl.where((expert < EXPERTS)[None, :], value.to(tl.float32), float("-inf"))
     share = tl.exp(value - tl.max(value, axis=1)[:, None])
     share = share / tl.sum(share, axis=1)[:, None]
-    # Below any probability: what does not exist, and what has been chosen.
-    share = tl.where((expert < EXPERTS)[None, :], share, -1.0)
+    # Numbers above zero compare as their bits do, and a warp finds the largest integer in one
+    # instruction. Below any probability: what does not exist, and what has been chosen.
+    bits = tl.where((expert < EXPERTS)[None, :], share.to(tl.int32, bitcast=True), -1)
     found = tl.zeros([BLOCK_TOKENS, BLOCK_CHOICES], tl.int32)
     weight = tl.zeros([BLOCK_TOKENS, BLOCK_CHOICES], tl.float32)
     for place in tl.static_range(CHOICES):
-        best, where = tl.max(share, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.max(bits, axis=1)
+        where = tl.min(tl.where(bits == best[:, None], expert[None, :], BLOCK_EXPERTS), axis=1)
         here = (choice == place)[None, :]
         found = tl.where(here, where[:, None], found)
-        weight = tl.where(here, best[:, None], weight)
-        share = tl.where(expert[None, :] == where[:, None], -1.0, share)
+        weight = tl.where(here, best.to(tl.float32, bitcast=True)[:, None], weight)
+        bits = tl.where(expert[None, :] == where[:, None], -1, bits)
     if NORMALIZE:
         weight = weight / tl.sum(weight, axis=1)[:, None]
     at = token[:, None] * CHOICES + choice[None, :]

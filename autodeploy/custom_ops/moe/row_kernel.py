@@ -39,10 +39,12 @@ def row_up_kernel(
     PDL: tl.constexpr,
 ):
     """out[p] = activation(weight[index[p]] @ x[p // CHOICES] + bias); one program per pair and
-    BLOCK_N columns. Shapes as in `block_product_kernel`."""
+    BLOCK_N columns. Shapes as in `block_product_kernel`. STAGES: of the loop over depth, if the
+    rows are not read at once."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        # Only now: `row_down_kernel` may begin to read weights when the experts are known.
+        tl.extra.cuda.gdc_launch_dependents()
     pair = tl.program_id(1)
     expert = tl.load(index + pair).to(tl.int64)
     if (expert < 0) | (expert >= EXPERTS):
@@ -54,16 +56,25 @@ def row_up_kernel(
     x += (pair // CHOICES).to(tl.int64) * x_stride
     depth = tl.arange(0, BLOCK_K)
     w_at = weight + expert * w_expert + (row[:, None] * w_row + depth[None, :] * w_column)
-    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
-        if EVEN:
-            x_part = tl.load(x + k + depth)
-            w_tile = tl.load(w_at + k * w_column)
-        else:
-            inside = k + depth < WIDTH
-            x_part = tl.load(x + k + depth, mask=inside, other=0.0)
-            w_tile = tl.load(w_at + k * w_column, mask=exists[:, None] & inside[None, :], other=0.0)
-        total += w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
+    if BLOCK_K >= WIDTH:
+        inside = depth < WIDTH
+        w_tile = tl.load(w_at, mask=exists[:, None] & inside[None, :], other=0.0)
+        # All loads of weights are under way before one is waited for: ptxas mixes them with sums.
+        tl.debug_barrier()
+        x_part = tl.load(x + depth, mask=inside, other=0.0)
+        total = w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
+    else:
+        total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
+            if EVEN:
+                x_part = tl.load(x + k + depth)
+                w_tile = tl.load(w_at + k * w_column)
+            else:
+                inside = k + depth < WIDTH
+                mask = exists[:, None] & inside[None, :]
+                x_part = tl.load(x + k + depth, mask=inside, other=0.0)
+                w_tile = tl.load(w_at + k * w_column, mask=mask, other=0.0)
+            total += w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
     result = tl.sum(total, axis=1)
 
     if HAS_BIAS:
@@ -91,6 +102,7 @@ def row_down_kernel(
     weights,
     weight,
     bias,
+    residual,
     out,
     w_expert,
     w_row,
@@ -100,44 +112,59 @@ def row_down_kernel(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[t] = sum over a token's pairs p of weights[p] * (weight[index[p]] @ x[p] + bias).
+    """out[t] = residual[t] + sum over a token's pairs p of weights[p] * (weight[index[p]] @ x[p]
+    + bias).
 
-    x [T * CHOICES, WIDTH] without gaps. One program per token and BLOCK_N columns; the sum stays
-    in float32 until its end.
+    x [T * CHOICES, WIDTH] without gaps, residual and out [T, COLUMNS]. One program per token and
+    BLOCK_N columns reads those of all choices side by side, the next tile while it multiplies the
+    last one. Sums stay in float32 until their end, and are added in one order.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = column < COLUMNS
+    choice = tl.arange(0, BLOCK_C)
     depth = tl.arange(0, BLOCK_K)
-    STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
-    w_at = weight + (column[:, None] * w_row + depth[None, :] * w_column)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    # One loop over choices and depth, so that loads of the next expert start in time.
-    for step in tl.range(0, CHOICES * STEPS, num_stages=STAGES):
-        pair = token * CHOICES + step // STEPS
-        k = (step % STEPS) * BLOCK_K
-        expert = tl.load(index + pair).to(tl.int64)
-        here = (expert >= 0) & (expert < EXPERTS)
-        inside = (k + depth < WIDTH) & here
-        x_part = tl.load(x + pair * WIDTH + k + depth, mask=inside, other=0.0).to(tl.float32)
-        x_part = x_part * tl.load(weights + pair).to(tl.float32)
-        mask = exists[:, None] & inside[None, :]
-        w_tile = tl.load(w_at + (expert * w_expert + k * w_column), mask=mask, other=0.0)
-        total += w_tile.to(tl.float32) * x_part[None, :]
-    result = tl.sum(total, axis=1)
+    pair = token * CHOICES + choice
+    # Before the wait: `row_up_kernel` let this one start after it had waited itself, so all that
+    # came before it is done. Not from L1, which may hold what was here in an earlier layer.
+    expert = tl.load(index + pair, mask=choice < CHOICES, other=-1, cache_modifier=".cg")
+    here = (expert >= 0) & (expert < EXPERTS)
+    expert = tl.where(here, expert, 0).to(tl.int64)
+    rows = expert[:, None] * w_expert + column.to(tl.int64)[None, :] * w_row
+    some = here[:, None] & exists[None, :]
+    tile = weight + (rows[:, :, None] + (depth * w_column)[None, None, :])
+    w = tl.load(tile, mask=some[:, :, None] & (depth < WIDTH)[None, None, :], other=0.0)
+    share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    total = tl.zeros([BLOCK_C, BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        following = k + BLOCK_K + depth
+        tile += BLOCK_K * w_column
+        next_w = tl.load(
+            tile, mask=some[:, :, None] & (following < WIDTH)[None, None, :], other=0.0
+        )
+        if BLOCK_K < WIDTH:
+            # The next tile is under way before this one is waited for, see `row_up_kernel`.
+            tl.debug_barrier()
+        inside = here[:, None] & (k + depth < WIDTH)[None, :]
+        x_part = tl.load(x + pair[:, None] * WIDTH + (k + depth)[None, :], mask=inside, other=0.0)
+        total += w.to(tl.float32) * x_part.to(tl.float32)[:, None, :]
+        w = next_w
+    parts = tl.sum(total, axis=2)
     if HAS_BIAS:
-        for choice in tl.static_range(CHOICES):
-            pair = token * CHOICES + choice
-            expert = tl.load(index + pair).to(tl.int64)
-            here = (expert >= 0) & (expert < EXPERTS)
-            shift = tl.load(bias + expert * COLUMNS + column, mask=exists & here, other=0.0)
-            result += shift.to(tl.float32) * tl.load(weights + pair).to(tl.float32)
-    tl.store(out + token * COLUMNS + column, result.to(out.dtype.element_ty), mask=exists)
+        shift = bias + expert[:, None] * COLUMNS + column[None, :]
+        parts += tl.load(shift, mask=some, other=0.0).to(tl.float32)
+    result = tl.sum(parts * share[:, None], axis=0)
+    place = token * COLUMNS + column
+    if HAS_RESIDUAL:
+        result += tl.load(residual + place, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=exists)

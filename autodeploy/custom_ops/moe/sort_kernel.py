@@ -1,8 +1,8 @@
 """Kernels that sort pairs of a token and a choice by expert, into blocks of one expert each.
 
-Counts per expert, rounded up to whole blocks and summed, say where each expert's blocks start;
-pairs then draw slots from a counter per expert. Pairs of an expert may come in any order: each
-row's result is the same wherever it is.
+Counts per expert, rounded up to whole blocks and summed, say where each expert's blocks start. Of
+many pairs each then draws a slot from a counter per expert, in any order: a row's result is the
+same wherever it is. Few pairs are counted again for every expert, which waits for nothing.
 """
 
 import triton
@@ -44,43 +44,47 @@ def _take_slots(expert, offset, cursor, slots, EXPERTS: tl.constexpr):
     tl.store(slots + slot, offset, mask=here)
 
 
-@triton.jit(do_not_specialize=["pairs", "max_blocks"])
+@triton.jit(do_not_specialize=["pairs"])
 def sort_few_kernel(
     index,
     slots,
     block_expert,
     block_count,
-    cursor,
     pairs,
-    max_blocks,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All in one program, for at most CHUNK pairs.
+    """All in one launch, for at most CHUNK pairs: a program per expert counts all of them.
 
-    index [pairs]; slots [max_blocks * BLOCK_M], block_expert [max_blocks], block_count [1] and
-    cursor [BINS] int32 are written. BINS: a power of two above EXPERTS. TILES * TILE: as many
-    blocks or more.
+    index [pairs]; slots, block_expert and block_count [1] int32 are written as far as there are
+    blocks. BINS: a power of two above EXPERTS. Pairs of an expert keep their order.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    own = tl.program_id(0)
     offset = tl.arange(0, CHUNK)
     expert = _experts_of(index, offset, pairs, EXPERTS)
     blocks = _blocks_of(tl.histogram(expert, BINS), EXPERTS, BINS, BLOCK_M)
-    ends = tl.cumsum(blocks, axis=0)
-    tl.store(cursor + tl.arange(0, BINS), (ends - blocks) * BLOCK_M)
-    tl.store(block_count, tl.sum(blocks, axis=0))
-    for tile in range(TILES):
-        _lay_out(tile, ends, slots, block_expert, pairs, max_blocks, BLOCK_M, TILE)
-    # Counters and empty slots are written before a pair draws from them.
-    tl.debug_barrier()
-    _take_slots(expert, offset, cursor, slots, EXPERTS)
+    bins = tl.arange(0, BINS)
+    if own == 0:
+        tl.store(block_count, tl.sum(blocks, axis=0))
+    first = tl.sum(tl.where(bins < own, blocks, 0), axis=0)
+    needed = tl.sum(tl.where(bins == own, blocks, 0), axis=0)
+    if needed > 0:
+        mine = (expert == own).to(tl.int32)
+        place = tl.cumsum(mine, axis=0)
+        slots += first * BLOCK_M
+        tl.store(slots + place - 1, offset, mask=mine > 0)
+        empty = tl.sum(mine, axis=0) + tl.arange(0, BLOCK_M)
+        nothing = tl.zeros([BLOCK_M], tl.int32) + pairs
+        tl.store(slots + empty, nothing, mask=empty < needed * BLOCK_M)
+        block = tl.arange(0, CHUNK // BLOCK_M)
+        names = tl.zeros([CHUNK // BLOCK_M], tl.int32) + own
+        tl.store(block_expert + first + block, names, mask=block < needed)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -119,9 +123,10 @@ def lay_out_kernel(
     ROUNDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """What `sort_few_kernel` does before its barrier; one program per TILE blocks.
+    """Says where each expert's blocks are and empties them; one program per TILE blocks.
 
-    ROUNDS * 16 chunks at least.
+    slots [max_blocks * BLOCK_M], block_expert [max_blocks], block_count [1] and cursor [BINS] int32
+    are written. ROUNDS * 16 chunks at least.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -151,7 +156,7 @@ def take_slots_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """What `sort_few_kernel` does after its barrier; one program per CHUNK pairs."""
+    """Each pair draws a slot from its expert's counter; one program per CHUNK pairs."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

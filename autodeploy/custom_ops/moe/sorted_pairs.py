@@ -9,8 +9,8 @@ import torch
 
 from .. import gpu
 
-# One program sorts at most so many pairs; its counters need no second launch.
-_FEW, _SOME = 256, 4096
+# Up to the last number of pairs one launch sorts them, with a kernel for each number.
+_FEW = (256, 1024, 4096)
 _CHUNK = 2048
 _TILE = 32
 
@@ -42,20 +42,17 @@ def sort_pairs(index: torch.Tensor, experts: int, rows: int) -> SortedPairs:
     pairs = index.numel()
     bins = 1 << experts.bit_length()
     blocks = most_blocks(pairs, experts, rows)
-    # One allocation: slots, experts of blocks, counters, the number of blocks.
-    sizes = (blocks * rows, blocks, bins, 1)
+    # One allocation: slots, experts of blocks, the number of blocks, counters.
+    sizes = (blocks * rows, blocks, 1, bins)
     whole = torch.empty(sum(sizes), dtype=torch.int32, device=index.device)
-    slots, block_expert, cursor, block_count = whole.split(sizes)
+    slots, block_expert, block_count, cursor = whole.split(sizes)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    if pairs <= _SOME:
-        chunk = _FEW if pairs <= _FEW else _SOME
-        # Of the largest number of pairs: no kernel of its own for each.
-        tiles = -(-most_blocks(chunk, experts, rows) // _TILE)
-        sort_few_kernel[(1,)](
-            index, slots, block_expert, block_count, cursor, pairs, blocks,
-            EXPERTS=experts, BINS=bins, BLOCK_M=rows, CHUNK=chunk, TILE=_TILE,
-            TILES=tiles, PDL=pdl, num_warps=4 if pairs <= _FEW else 16, **options,
+    if pairs <= _FEW[-1]:
+        chunk = next(most for most in _FEW if pairs <= most)
+        sort_few_kernel[(experts,)](
+            index, slots, block_expert, block_count, pairs, EXPERTS=experts, BINS=bins,
+            BLOCK_M=rows, CHUNK=chunk, PDL=pdl, num_warps=max(4, chunk // 512), **options,
         )  # fmt: skip
         return SortedPairs(slots, block_expert, block_count, rows, blocks)
     chunks = -(-pairs // _CHUNK)

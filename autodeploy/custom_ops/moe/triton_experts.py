@@ -1,9 +1,10 @@
 """experts in Triton: routed on the device, so that a CUDA graph can hold it.
 
 A token or two: every pair of a token and a choice reads its expert's weights by itself, in two
-launches. More: pairs are sorted by expert into blocks of rows, then two products over blocks and a
-sum over choices. The grid is for the most blocks there could be; programs beyond the actual number
-end at once. Which tiles are used depends on how many pairs an expert has on average.
+launches; the second begins to read when it knows the experts, before the first is done. More: pairs
+are sorted by expert into blocks of rows, then two products over blocks and a sum over choices. The
+grid is for the most blocks there could be; programs beyond the actual number end at once. Which
+tiles are used depends on how many pairs an expert has on average.
 """
 
 from __future__ import annotations
@@ -25,12 +26,23 @@ _MAX_EXPERTS = 1024
 
 @dataclass(frozen=True)
 class RowTile:
-    """Tile of one product for single rows: columns of the result and depth of a step."""
+    """Tile of the up product for single rows: columns of the result and depth of a step.
+
+    `stages` counts where a row takes several steps.
+    """
 
     columns: int
     depth: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class DownTile:
+    """Tile of the down product for single rows: numbers of weights that a program holds at once."""
+
+    numbers: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,9 @@ class Tiles:
 
 # While more than EXPERTS_PER_PAIR experts share a pair, two pairs seldom have the same one.
 EXPERTS_PER_PAIR = 4
-ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), RowTile(8, 512, 4, 3)
+# Numbers of a row that a program of the up product reads at once; longer rows take steps.
+WHOLE_ROW = 4096
+ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), DownTile(4096, 4)
 TILES = (
     Tiles(8, 16, BlockTile(64, 128, 4, 3, 1, True), BlockTile(128, 128, 4, 3, 1, True)),
     Tiles(24, 32, BlockTile(64, 128, 4, 3), BlockTile(128, 128, 4, 3)),
@@ -101,11 +115,14 @@ def grouped(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `experts`; x and the weights of one dtype, at most 1024 experts."""
     tokens, choices = top_k_index.shape
     if tokens * choices == 0:
-        return x.new_zeros(x.shape)
+        return x.new_zeros(x.shape) if residual is None else residual.clone()
+    if residual is not None:
+        residual = residual.contiguous()
     if not transposed:
         gate_up, down = gate_up.mT, down.mT
     up = _Product(gate_up, gate_up_bias, activation, gated, interleaved, limit, alpha)
@@ -114,9 +131,9 @@ def grouped(
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
     pairs, total = tokens * choices, gate_up.shape[0]
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
-        return by_row(x, index, weights, up, back)
+        return by_row(x, index, weights, up, back, residual)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
-    return by_block(x, index, weights, up, back, tiles)
+    return by_block(x, index, weights, up, back, tiles, residual)
 
 
 class _Product:
@@ -155,6 +172,14 @@ class _Product:
         wanted = wanted * 2 // self.weight.element_size()
         return max(16, min(wanted, 1 << (width - 1).bit_length()))
 
+    def early(self, wanted: int) -> int:
+        """Bytes of a row to ask for before the wait: of rows of 2-byte numbers without gaps."""
+        width = self.plain["WIDTH"]
+        whole = self.strides[1:] == (width, 1) and width % 8 == 0
+        if not whole or self.weight.element_size() != 2 or self.form["GATED"]:
+            return 0
+        return min(wanted, 2 * width) if self.weight.data_ptr() % 16 == 0 else 0
+
 
 def by_row(
     x: torch.Tensor,
@@ -162,8 +187,9 @@ def by_row(
     weights: torch.Tensor,
     up: _Product,
     down: _Product,
-    up_tile: RowTile = ROW_UP,
-    down_tile: RowTile = ROW_DOWN,
+    residual: torch.Tensor | None = None,
+    up_tile: RowTile | None = None,
+    down_tile: DownTile = ROW_DOWN,
 ) -> torch.Tensor:
     """Every pair by itself."""
     from .row_kernel import row_down_kernel, row_up_kernel
@@ -173,26 +199,45 @@ def by_row(
     shared = {"EXPERTS": up.experts, "CHOICES": choices}
     inner = x.new_empty((tokens * choices, up.columns))
     out = x.new_empty(x.shape)
-    tile = _across(up, up_tile)
+    tile = up_tile or _up_tile(up)
     row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
         x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **shared,
         BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         **options,
     )  # fmt: skip
-    tile = _across(down, down_tile)
-    row_down_kernel[(-(-down.columns // tile.columns), tokens)](
-        inner, index, weights, down.weight, down.bias, out, *down.strides, **down.plain, **shared,
-        BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
-        **options,
+    columns, depth = _beside(down, down_tile, choices)
+    row_down_kernel[(-(-down.columns // columns), tokens)](
+        inner, index, weights, down.weight, down.bias, out if residual is None else residual, out,
+        *down.strides, **down.plain, **shared, HAS_RESIDUAL=residual is not None,
+        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=columns, BLOCK_K=depth,
+        num_warps=down_tile.warps, **options,
     )  # fmt: skip
     return out
 
 
-def _across(product: _Product, tile: RowTile) -> RowTile:
-    """The tile for this product's layout: its long side lies along what memory holds together."""
-    if product.strides[2] == 1:
-        return RowTile(tile.columns, product.depth(tile.depth), tile.warps, tile.stages)
-    return RowTile(64, 32, tile.warps, tile.stages)
+def _up_tile(up: _Product) -> RowTile:
+    """Whole rows at once, if they fit; the long side lies along what memory holds together."""
+    if up.strides[2] != 1:
+        return RowTile(64, 32, ROW_UP.warps, ROW_UP.stages)
+    whole = up.depth(1 << 30)
+    if whole <= WHOLE_ROW:
+        return RowTile(WHOLE_ROW // whole, whole, 4, 1)
+    return RowTile(ROW_UP.columns, up.depth(ROW_UP.depth), ROW_UP.warps, ROW_UP.stages)
+
+
+def _beside(down: _Product, tile: DownTile, choices: int) -> tuple[int, int]:
+    """Columns and depth of a step of the down product, which reads all choices side by side."""
+    room = max(16, tile.numbers >> (choices - 1).bit_length())
+    if down.strides[2] != 1:
+        # Columns lie together: as few as a piece of memory has, for more programs.
+        columns = min(32, room)
+        return columns, max(1, min(64, room // columns))
+    width = down.plain["WIDTH"]
+    depth = min(room, down.depth(room))
+    # Whole rows at once, if they fit; if not, no step past their end.
+    while 128 < depth < width and width % depth:
+        depth //= 2
+    return max(1, room // depth), depth
 
 
 def by_block(
@@ -202,6 +247,7 @@ def by_block(
     up: _Product,
     down: _Product,
     tiles: Tiles,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pairs sorted by expert."""
     from .experts_kernel import sum_choices_kernel
@@ -212,30 +258,34 @@ def by_block(
     inner = x.new_empty((pairs, up.columns))
     hidden = x.new_empty((pairs, down.columns))
     out = x.new_empty(x.shape)
-    _block_product(x, up, inner, order, choices, tiles.up)
-    _block_product(inner, down, hidden, order, 1, tiles.down)
+    _block_product(x, up, inner, order, choices, tiles.up, known=False)
+    _block_product(inner, down, hidden, order, 1, tiles.down, known=True)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    block = min(1024, 1 << (down.columns - 1).bit_length())
+    block = min(1024 if tokens > 64 else 256, 1 << (down.columns - 1).bit_length())
     sum_choices_kernel[(tokens, -(-down.columns // block))](
-        hidden, index, weights, out, WIDTH=down.columns, EXPERTS=up.experts, CHOICES=choices,
-        BLOCK=block, PDL=pdl, num_warps=4, **options,
+        hidden, index, weights, out if residual is None else residual, out, WIDTH=down.columns,
+        EXPERTS=up.experts, CHOICES=choices, HAS_RESIDUAL=residual is not None,
+        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK=block, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     return out
 
 
 def _block_product(
     x: torch.Tensor, product: _Product, out: torch.Tensor, order: SortedPairs, choices: int,
-    tile: BlockTile,
+    tile: BlockTile, known: bool,
 ) -> None:  # fmt: skip
     from .experts_kernel import block_product_kernel
 
     options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
     grid = order.max_blocks * -(-product.columns // tile.columns)
+    depth = product.depth(tile.depth)
+    # Larger blocks are bound by what they compute.
+    early = product.early(2 * depth * tile.stages) if known and order.rows <= 32 else 0
     block_product_kernel[(grid,)](
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
         out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
-        CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns,
-        BLOCK_K=product.depth(tile.depth), GROUP=tile.group, SWAP=tile.swap,
-        num_warps=tile.warps, num_stages=tile.stages, **options,
+        CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=tile.group,
+        SWAP=tile.swap, KNOWN=known, EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
+        **options,
     )  # fmt: skip

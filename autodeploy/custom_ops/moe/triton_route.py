@@ -12,7 +12,7 @@ from .route import route
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Probabilities that one program holds, and the most choices it unrolls.
-_TILE, _MAX_EXPERTS, _MAX_CHOICES = 512, 512, 32
+_TILE, MAX_EXPERTS, MAX_CHOICES = 512, 512, 32
 
 
 def _applies(choice: Choice) -> bool:
@@ -22,8 +22,8 @@ def _applies(choice: Choice) -> bool:
         and logits.dtype in _DTYPES
         and choice.args["dtype"] in _DTYPES
         and isinstance(logits.shape[-1], int)
-        and logits.shape[-1] <= _MAX_EXPERTS
-        and choice.args["k"] <= _MAX_CHOICES
+        and logits.shape[-1] <= MAX_EXPERTS
+        and choice.args["k"] <= MAX_CHOICES
     )
 
 

@@ -124,6 +124,8 @@ def _norm(
         rows, inner, *x_strides, *r_strides, eps, offset,
         WIDTH=width, BLOCK_WIDTH=block, BLOCK_ROWS=block_rows, HAS_WEIGHT=weight is not None,
         HAS_OFFSET=offset != 0.0, CAST_BEFORE_WEIGHT=cast_before_weight, ADD=add, PDL=pdl,
+        # Fused, a product and the sum after it would be rounded once, which torch does twice.
+        enable_fp_fusion=False,
         num_warps=num_warps or min(16, max(4, block // 512)), **options,
     )  # fmt: skip
     return out, total

@@ -6,18 +6,28 @@ from triton.language.extra.cuda import libdevice
 
 
 @triton.jit
-def _normed(x, scale, weight_ptr, at, kept, offset, WEIGHT: tl.constexpr, FIRST: tl.constexpr,
-            DTYPE: tl.constexpr):  # fmt: skip
+def weighted(
+    x, scale, weight, offset, WEIGHT: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr
+):
     """x [BLOCK_H, N] float32 times scale [BLOCK_H, 1] and a weight, rounded to DTYPE, float32."""
     row = x * scale
     if WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=kept, other=0.0).to(tl.float32)
         if FIRST:
             # What the model adds the offset to is rounded to the dtype of its weights.
             row = row.to(DTYPE).to(tl.float32) * (offset + weight).to(DTYPE).to(tl.float32)
         else:
             row = row * (offset + weight)
     return row.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _normed(x, scale, weight_ptr, at, kept, offset, WEIGHT: tl.constexpr, FIRST: tl.constexpr,
+            DTYPE: tl.constexpr):  # fmt: skip
+    """As `weighted`, by the weights at `at` where they are kept."""
+    weight = x
+    if WEIGHT:
+        weight = tl.load(weight_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    return weighted(x, scale, weight, offset, WEIGHT, FIRST, DTYPE)
 
 
 @triton.jit

@@ -102,6 +102,8 @@ def turn_heads(
         PAGED=pages is not None, PAGE=1 if pages is None else pages.k_cache.shape[1],
         BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_HALF=_power(max(rotated // 2, 1)),
         BLOCK_REST=_power(max(width - rotated, 1)), BLOCK_DV=_power(v.shape[2]), PDL=pdl,
+        # Fused, a product and the sum after it would be rounded once, which torch does twice.
+        enable_fp_fusion=False,
         num_warps=cut.warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

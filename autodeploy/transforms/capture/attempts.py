@@ -9,9 +9,11 @@ of part that keeps something of the past, in turn. The proof has the last word o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -32,15 +34,24 @@ Prove = Callable[[Program], None]
 """Raises CaptureError unless the program gives packed sequences their logits."""
 
 
-def capture_proved(model: nn.Module, prove: Prove, *, owned: bool = False) -> Program:
+StandIn = Callable[[], tuple[nn.Module, Prove]]
+"""Makes a model that is captured in the same ways, and the proof of its programs."""
+
+
+def capture_proved(
+    model: nn.Module, prove: Prove, *, owned: bool = False, stand_in: StandIn | None = None
+) -> Program:
     """The first attempt that is proved; parts that run as they are are named in the log.
+
+    stand_in: has the last word on what `prove` refuses, for models of which it can say nothing.
 
     Raises:
         CaptureError: none is; the message is that of the first attempt.
     """
     first: CaptureError | None = None
+    proof = _Proof(prove, None if stand_in is None else functools.cache(stand_in))
     for options in _ways(model):
-        found = _attempt(model, options, prove, owned)
+        found = _attempt(model, options, proof, owned)
         if isinstance(found, Program):
             if first is not None:
                 _log.info("captured with %s, because otherwise %s", options, first)
@@ -50,10 +61,33 @@ def capture_proved(model: nn.Module, prove: Prove, *, owned: bool = False) -> Pr
             # What cannot be traced at all is the same in every way.
             break
     for options in [w for w in _ways(model) if not w.configured]:
-        program = _with_own_parts(model, options, prove, owned, first)
+        program = _with_own_parts(model, options, proof, owned, first)
         if program is not None:
             return program
     raise first or CaptureError("no attempt was made")
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """The proof of a program or, if that fails and there is a stand-in, of its program instead."""
+
+    prove: Prove
+    stand_in: StandIn | None
+
+    def __call__(self, program: Program, options: CaptureOptions) -> None:
+        try:
+            self.prove(program)
+        except CaptureError as error:
+            if self.stand_in is None:
+                raise
+            _log.info("proved on a stand-in, because otherwise %s", error)
+            model, prove = self.stand_in()
+            parts = dict(model.named_modules())
+            own: dict[str, OwnModule] = {}
+            for path, part in options.own_modules.items():
+                if path in parts:
+                    own |= _own_modules(model, [path], part.mixes)
+            prove(capture(model, dataclasses.replace(options, own_modules=own)))
 
 
 class _UnprovedError(CaptureError):
@@ -76,21 +110,21 @@ def _ways(model: nn.Module) -> Iterator[CaptureOptions]:
 
 
 def _attempt(
-    model: nn.Module, options: CaptureOptions, prove: Prove, owned: bool
+    model: nn.Module, options: CaptureOptions, proof: _Proof, owned: bool
 ) -> Program | CaptureError:
     try:
         program = capture(model, options, owned=owned)
     except CaptureError as error:
         return error
     try:
-        prove(program)
+        proof(program, options)
     except CaptureError as error:
         return _UnprovedError(str(error)).with_traceback(error.__traceback__)
     return program
 
 
 def _with_own_parts(
-    model: nn.Module, options: CaptureOptions, prove: Prove, owned: bool,
+    model: nn.Module, options: CaptureOptions, proof: _Proof, owned: bool,
     failure: CaptureError | None,
 ) -> Program | None:  # fmt: skip
     """A proved program in which parts run as they are: more and more, until it holds."""
@@ -101,7 +135,7 @@ def _with_own_parts(
         if not more:
             return None
         own = {**own, **more}
-        found = _attempt(model, dataclasses.replace(options, own_modules=own), prove, owned)
+        found = _attempt(model, dataclasses.replace(options, own_modules=own), proof, owned)
         if isinstance(found, Program):
             _announce(model, own, str(failure))
             return found

@@ -31,13 +31,14 @@ _PRODUCTS = {
     aten.addmm.default: 1, aten.baddbmm.default: 1,
 }  # fmt: skip
 _GATHERS = (aten.embedding.default,)
-_VIEWS = (
+VIEWS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.t.default,
     aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.expand.default,
     aten.detach.default, aten.alias.default, aten.split.Tensor, aten.split_with_sizes.default,
     aten.unbind.int, aten.chunk.default, operator.getitem,
 )  # fmt: skip
+"""Calls that only look at a tensor in another way."""
 
 
 def cost_of(program: Program) -> Cost | None:
@@ -88,7 +89,7 @@ def _weights(program: Program) -> Cost:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes that read a weight, seen through views of it."""
     for user in node.users:
-        if is_call(user, *_VIEWS):
+        if is_call(user, *VIEWS):
             yield from _readers(user)
         else:
             yield user

@@ -7,11 +7,8 @@ the graph's text, the compiler's sources, versions and device.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +16,11 @@ from torch import fx
 
 from ...errors import RecipeError
 from ..artifacts import artifact_path
+from ..inductor import compile_graph, load_graph
 from ..program import Fact, Program
 from ..transform import Site, Transform, register_transform
 
 BACKENDS = ("off", "inductor")
-_log = logging.getLogger("autodeploy")
 
 
 @register_transform("compile")
@@ -53,7 +50,11 @@ def compile_with_inductor(program: Program) -> Callable[..., Any]:
     module, names = lift_weights(program)
     path = artifact_path(program, "inductor")
     weights = [getattr(program.graph_module, name) for name in names]
-    artifact = _load(path) if path.is_file() else _compile(module, path)
+    if path.is_file():
+        artifact = load_graph(path)
+    else:
+        inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+        artifact = compile_graph(module, inputs, path)
 
     def run(*inputs: torch.Tensor) -> Any:
         result = artifact(*inputs, *weights)
@@ -90,25 +91,3 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
         elif node.op == "call_function":
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     return fx.GraphModule(torch.nn.Module(), graph), names
-
-
-def _compile(module: fx.GraphModule, path: Path) -> Any:
-    from torch._inductor import standalone_compile
-
-    _log.info("compiling with Inductor; the result is kept in %s", path)
-    values = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    # Parameters keep requires_grad through export; with it a backward graph would be made too.
-    inputs = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
-    with torch.no_grad():
-        artifact = standalone_compile(module, inputs, dynamic_shapes="from_graph")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    artifact.save(path=str(unfinished), format="binary")
-    unfinished.replace(path)
-    return artifact
-
-
-def _load(path: Path) -> Any:
-    from torch._inductor import CompiledArtifact
-
-    return CompiledArtifact.load(path=str(path), format="binary")

@@ -5,8 +5,8 @@
 becomes
     index, weights = route(logits, k, normalize=True, dtype=bfloat16)
 
-The division and the casts are optional. Other routers, such as those over groups of experts, stay
-as they are.
+The division and the casts are optional. A softmax of the k largest logits alone is the same as a
+normalized one of all. Other routers, such as those over groups of experts, stay as they are.
 """
 
 from __future__ import annotations
@@ -38,19 +38,25 @@ class FuseRouter(Transform):
         if program.contract.device.type not in self.devices:
             return
         for node in program.graph.nodes:
-            if is_call(node, aten.topk.default) and _is_top_of_softmax(node):
+            if not is_call(node, aten.topk.default) or not _is_top_of_all(node):
+                continue
+            if _is_top_of_softmax(node) or _softmax_of_top(node) is not None:
                 yield Site((node,))
 
     def rewrite(self, program: Program, site: Site) -> None:
         top = site.nodes[0]
-        softmax = top.args[0]
-        assert isinstance(softmax, fx.Node)
-        logits = softmax.args[0]
+        logits = top.args[0]
         assert isinstance(logits, fx.Node)
+        values, indices = _parts(top)
+        after = _softmax_of_top(top)
+        if after is not None:
+            weights, normalize = after, True
+        else:
+            logits = logits.args[0]
+            assert isinstance(logits, fx.Node)
+            weights, normalize = _normalized(values)
         if _widens(logits) and len(logits.users) == 1:
             logits = logits.args[0]
-        values, indices = _parts(top)
-        weights, normalize = _normalized(values)
         cast = _only_cast(weights)
         if cast is not None:
             weights = cast
@@ -63,23 +69,42 @@ class FuseRouter(Transform):
             old.replace_all_uses_with(new)
 
 
+def _is_top_of_all(top: fx.Node) -> bool:
+    """The largest along the last dimension, values and indices both read."""
+    last = top.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    largest = top.args[3] if len(top.args) > 3 else top.kwargs.get("largest", True)
+    dimension = top.args[2] if len(top.args) > 2 else top.kwargs.get("dim", -1)
+    return (
+        largest is True
+        and dimension in (-1, last)
+        and isinstance(top.args[1], int)
+        and [user.args[1] for user in top.users] in ([0, 1], [1, 0])
+    )
+
+
 def _is_top_of_softmax(top: fx.Node) -> bool:
-    """The largest along the last dimension of a float32 softmax that nothing else reads."""
+    """Of a float32 softmax along the last dimension that nothing else reads."""
     softmax = top.args[0]
     if not is_call(softmax, aten.softmax.int) or len(softmax.users) != 1:  # type: ignore[union-attr]
         return False
     assert isinstance(softmax, fx.Node)
-    last = softmax.meta["val"].dim() - 1
-    largest = top.args[3] if len(top.args) > 3 else top.kwargs.get("largest", True)
-    dimensions = (softmax.args[1], top.args[2] if len(top.args) > 2 else top.kwargs.get("dim", -1))
     return (
-        largest is True
-        and all(dimension in (-1, last) for dimension in dimensions)
-        and isinstance(top.args[1], int)
+        softmax.args[1] in (-1, softmax.meta["val"].dim() - 1)
         and softmax.meta["val"].dtype is torch.float32
         and softmax.args[0].meta["val"].dtype.is_floating_point  # type: ignore[union-attr]
-        and [user.args[1] for user in top.users] in ([0, 1], [1, 0])
     )
+
+
+def _softmax_of_top(top: fx.Node) -> fx.Node | None:
+    """The softmax along the last dimension that is all that reads the largest logits."""
+    (values, _) = _parts(top)
+    (softmax, *others) = values.users or [None]
+    if others or softmax is None or not is_call(softmax, aten.softmax.int):
+        return None
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = [node.meta["val"].dtype for node in (values, softmax)]
+    along = softmax.args[1] in (-1, values.meta["val"].dim() - 1)
+    return softmax if along and all(dtype in narrow for dtype in dtypes) else None
 
 
 def _parts(top: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -12,13 +12,15 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from autodeploy.custom_ops.op import Choice, op_of
 
 from ...errors import TransformError
+from ..cost import VIEWS
 from ..program import Fact, Program
-from ..transform import Site, Transform, register_transform
+from ..transform import Site, Transform, is_call, register_transform
 
 
 @register_transform("lower")
@@ -58,4 +60,14 @@ class Lower(Transform):
 
     def finish(self, program: Program) -> None:
         eager = tuple(sorted(program.options.pop("eager", ())))
-        program.contract = dataclasses.replace(program.contract, eager=eager)
+        calls = sum(map(_launches, program.graph.nodes))
+        program.contract = dataclasses.replace(program.contract, eager=eager, calls=calls)
+
+
+def _launches(node: fx.Node) -> bool:
+    """Whether a node is more than another view of what is there, or a size."""
+    return (
+        node.op == "call_function"
+        and not is_call(node, *VIEWS)
+        and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+    )

@@ -39,6 +39,20 @@ def twin_of(model: nn.Module, seed: int = 0) -> nn.Module:
     return twin
 
 
+def stand_in(model: nn.Module) -> nn.Module:
+    """A float32 model, on the same device, that is captured as `model` is: for proofs.
+
+    Some models amplify rounding without bound: 64 random layers of a recurrence, say, whose logits
+    in bfloat16 say nothing. Nothing can be compared there, and everything in this one: the twin
+    or, where none can be made, the model itself in float32.
+    """
+    try:
+        exact = twin_of(model)
+    except VerificationError:
+        exact = copy.deepcopy(model).float().eval()
+    return exact.to(next(model.parameters()).device)
+
+
 def layer_list(model: nn.Module) -> nn.ModuleList:
     """The stack of layers: the longest list of modules that is in no other list.
 
