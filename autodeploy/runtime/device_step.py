@@ -212,6 +212,6 @@ class DeviceStep:
             places = self._place(table, rows, own, slots, positions, self._inputs.page_size)
             inputs |= {f"block_table_{group}": rows, f"slot_{group}": places}
         wanted = self._runner.contract.metadata
-        logits = self._runner.forward({name: inputs[name] for name in wanted}).contiguous()
+        logits = self._runner.forward({name: inputs[name] for name in wanted})
         self._best(logits, slots, mailbox.turn, newest, mailbox.answers)
         return logits

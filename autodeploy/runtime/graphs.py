@@ -58,7 +58,7 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = step()
+            logits = step().contiguous()
         return cls(size, _lent(logits), graph.pool(), graph)
 
     def replay(self) -> None:

@@ -71,8 +71,8 @@ def mixed_graphs_bytes(
 ) -> int:
     """Bytes that graphs of mixed steps take, where the largest step needs `activations`.
 
-    The largest graph needs its share of those by its tokens, and its logits twice: as they come
-    and where they stay. The others fit into the same pool.
+    The largest graph needs its share of those by its tokens, and its logits, once more if they
+    must be made contiguous. The others fit into the same pool.
     """
     if not sizes:
         return 0

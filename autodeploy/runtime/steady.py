@@ -3,7 +3,7 @@
 Most steps are like the one before: the same requests, a token more of each. What a step changes
 in a request's state is then the same for all and is counted here once; tokens are kept by step.
 `settle` gives every request what it is due, before anybody looks: at the latest when one of them
-ends or another begins. 256 requests: 12 us a step instead of 310.
+ends or another begins. 256 requests: 26 us a step instead of 260 (one core of a small CPU).
 """
 
 from __future__ import annotations
