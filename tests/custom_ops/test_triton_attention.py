@@ -246,6 +246,13 @@ def test_a_graph_replays_for_other_lengths(counts):
         found = TRITON(**arguments)
     for lengths in ([1500, 40, 700], [60, 40, 699]):
         arguments["kv_len"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        # The new tokens' slots are those of the last positions.
+        new = [
+            slot
+            for row, length, count in zip(arguments["block_table"], lengths, counts, strict=True)
+            for slot in slots(row, range(length - count, length), 16)
+        ]
+        arguments["slot"].copy_(torch.tensor(new))
         graph.replay()
         torch.testing.assert_close(
             found, paged_attention.reference(**arguments), **CLOSE[torch.bfloat16]

@@ -55,17 +55,23 @@ class PrefillTiles:
     a multiprocessor, one multiplies while the other takes powers."""
 
 
-def decode_tiles(width: int, itemsize: int, group: int, device: torch.device) -> DecodeTiles:
+def decode_tiles(
+    width: int, itemsize: int, group: int, heads: int, device: torch.device
+) -> DecodeTiles:
     """Tiles for `group` query heads a kv head in a cache of `itemsize` bytes a number.
 
-    width: of a head, a power of 2. A block of keys is 16 KiB, and of values.
+    width: of a head, a power of 2. heads: of keys, of all sequences together.
     """
     rows = triton_block(group, 16)
-    keys = max(16, min(128, 16384 // (width * itemsize), 4096 // rows))
-    # H200: 8 sequences of 576 keys and 8 heads take 14 us in two ranges each and 16 in more; 4
-    # of 32768 keys take 137 us in eight.
-    programs = 3 * gpu.multiprocessors(device.index or 0) // 2
-    return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, 4)
+    programs = 3 * gpu.multiprocessors(device.index or 0)
+    # Few programs need much on its way in each. In us on an H200, with 16 KiB of keys and four
+    # stages for all before: 256 heads of 128 and 576 keys 24 (27), 192 of 4096 keys 101 (132). Many
+    # keep the memory busy with two stages: 2048 of 576 keys 146 (148).
+    few = heads <= programs
+    keys = max(16, min(128, (8192 if few else 16384) // (width * itemsize), 4096 // rows))
+    room = (220 * 1024 - rows * width * itemsize) // (2 * keys * width * itemsize)
+    stages = min(5 if few else 2, room)
+    return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, stages)
 
 
 def prefill_tiles(width: int, itemsize: int, group: int, tokens: int) -> PrefillTiles:
@@ -118,7 +124,8 @@ def attend_pages(
     site = _Site.of(q, k_cache, v_cache, cu_q, kv_len, block_table, out)
     form = Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)
     size = q.element_size()
-    launch_decode(site, form, decode_tiles(site.width, size, site.group, q.device))
+    heads = site.sequences * site.heads
+    launch_decode(site, form, decode_tiles(site.width, size, site.group, heads, q.device))
     if len(q) != len(kv_len):
         tokens = len(q) // len(kv_len)
         launch_prefill(site, form, prefill_tiles(site.width, size, site.group, tokens))
@@ -306,8 +313,10 @@ def applies(choice: Choice) -> bool:
     dtypes = {args[name].dtype for name in ("q", "k", "v", "k_cache", "v_cache")}
     group = args["q"].shape[1] // args["k"].shape[1]
     width = max(args["q"].shape[2], args["v"].shape[2])
-    # A block of queries has all heads of a group, and shared memory holds 64 KiB of them.
+    # A block of queries has all heads of a group, and shared memory holds 64 KiB of them; products
+    # of float32 are three, and with as many of those a launch read where nothing lies.
     queries = triton_block(group) * triton_block(width) * args["q"].element_size()
+    most = 1 << (15 if args["q"].dtype is torch.float32 else 16)
     return (
         gpu.runs_triton(choice.device)
         and len(dtypes) == 1
@@ -315,7 +324,7 @@ def applies(choice: Choice) -> bool:
         and all(args[name].dtype is dtype for name, dtype in METADATA.items())
         and width <= 256
         and group <= 128
-        and queries <= 1 << 16
+        and queries <= most
         and args["k_cache"].stride()[-1] == args["v_cache"].stride()[-1] == 1
         and args["scale"] > 0
     )

@@ -71,8 +71,7 @@ def tiling_of(
     """
     columns = rows // 2 if gated else rows
     if tokens <= GEMV_TOKENS:
-        block_n = max(1, 8192 // (width * (2 if gated else 1)))
-        return Tiling("gemv", 1 << (block_n.bit_length() - 1), min(1024, _power(width)))
+        return _single(width, gated)
     most = DOT_TOKENS if ends else NORM_DOT_TOKENS if norm else 0
     if tokens > most or rows >= HEAD_ROWS:
         return _wide(tokens, columns, width, multiprocessors) if gated else Tiling("cublas")
@@ -80,20 +79,30 @@ def tiling_of(
     return bounded(Tiling("dot", 64, block_k), tokens, columns, width, gated, multiprocessors)
 
 
+def _single(width: int, gated: bool) -> Tiling:
+    """Of one token: 8192 numbers of the weight a program."""
+    if not gated:
+        block_n = max(1, 8192 // width)
+        return Tiling("gemv", 1 << (block_n.bit_length() - 1), min(1024, _power(width)))
+    # Rows whole where they are short, and of long ones two at a time.
+    if width <= 2048:
+        return Tiling(
+            "gemv", max(1, 4096 // _power(width)), _power(width), warps=4 if width > 1024 else 2
+        )
+    return Tiling("gemv", 2, 1024, warps=2)
+
+
 def _wide(tokens: int, columns: int, width: int, multiprocessors: int) -> Tiling:
     """Of a gated product of many tokens: the gate is applied to sums, not to what was written.
 
-    Tiles hold 128 or 256 tokens; with fewer in them cuBLAS is ahead. With its gate apart it takes,
-    in us: 128 tokens and 28672 x 4096 70.9, here 66.4; 256 and 16384 x 2048 30.4, here 29.0; 8192
-    and 16384 x 2048 858, here 802, but 8192 and 28672 x 4096 2633, here 2660.
+    In us, beside cuBLAS and its gate apart: 128 tokens and 28672 x 4096 66 and 71, 8192 and 16384 x
+    2048 802 and 858. With 256 tokens, with fewer in a tile of 128, and with 8192 and longer rows
+    there is no difference, or cuBLAS is ahead.
     """
-    for most in (128, 256):
-        if most - WIDE_SPARE <= tokens <= most:
-            alone = -(-columns // 64) <= multiprocessors
-            if most == 256:
-                return Tiling("wide", 64, 64, stages=4, warps=8, early=512, block_m=256)
-            stages, warps = (6, 8) if alone else (3, 4)
-            return Tiling("wide", 64, 64, 1, stages, warps, early=128 * stages, block_m=128)
+    if 128 - WIDE_SPARE <= tokens <= 128:
+        alone = -(-columns // 64) <= multiprocessors
+        stages, warps = (6, 8) if alone else (3, 4)
+        return Tiling("wide", 64, 64, 1, stages, warps, early=128 * stages, block_m=128)
     if tokens >= MANY_TOKENS and width <= 2048:
         return Tiling(
             "wide", 128, 64, stages=4, warps=8, early=512, block_m=128, programs=multiprocessors,

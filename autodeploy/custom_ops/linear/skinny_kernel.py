@@ -99,6 +99,13 @@ def gemv_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
+    # Asked for before the loop: programs are short, and the result may go to where this lies.
+    r0 = tl.zeros((BLOCK_N,), tl.float32)
+    r1 = r0
+    if HAS_RESIDUAL:
+        r0 = tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
+        if TOKENS > 1:
+            r1 = tl.load(residual + outputs + column, mask=inside, other=0.0).to(tl.float32)
     a0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     a1 = a0
     b0 = a0
@@ -157,7 +164,7 @@ def gemv_kernel(
         y = gate(first, second, ACTIVATION, GATED, DTYPE)
         place = token * outputs + column
         if HAS_RESIDUAL:
-            y = y.to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+            y = y.to(tl.float32) + (r0 if token == 0 else r1)
         tl.store(out + place, y.to(DTYPE), mask=inside)
 
 

@@ -199,7 +199,6 @@ def sum_choices_kernel(
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -208,24 +207,22 @@ def sum_choices_kernel(
     Adds residual [T, WIDTH] before the sum is rounded. Rows whose index is no expert here were
     never written and are not read.
     """
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    choice = tl.arange(0, BLOCK_C)
-    pair = token * CHOICES + choice
-    # Before the wait, and not from L1: see `block_product_kernel`.
-    expert = tl.load(index + pair, mask=choice < CHOICES, other=-1, cache_modifier=".cg")
-    here = (expert >= 0) & (expert < EXPERTS)
-    share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    place = pair[:, None] * WIDTH + column[None, :]
-    rows = tl.load(hidden + place, mask=here[:, None] & inside[None, :], other=0.0)
-    parts = rows.to(tl.float32) * share[:, None]
-    if hidden.dtype.element_ty == weights.dtype.element_ty:
-        parts = parts.to(hidden.dtype.element_ty).to(tl.float32)
-    total = tl.sum(parts, axis=0)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(CHOICES):
+        pair = token * CHOICES + choice
+        expert = tl.load(index + pair)
+        here = (expert >= 0) & (expert < EXPERTS)
+        row = tl.load(hidden + pair * WIDTH + column, mask=inside & here, other=0.0).to(tl.float32)
+        part = row * tl.load(weights + pair).to(tl.float32)
+        if hidden.dtype.element_ty == weights.dtype.element_ty:
+            part = part.to(hidden.dtype.element_ty).to(tl.float32)
+        total += part
     if HAS_RESIDUAL:
         other = tl.load(residual + token * WIDTH + column, mask=inside, other=0.0)
         total += other.to(tl.float32)

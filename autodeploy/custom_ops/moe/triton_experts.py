@@ -262,11 +262,11 @@ def by_block(
     _block_product(inner, down, hidden, order, 1, tiles.down, known=True)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    block = min(1024 if tokens > 64 else 256, 1 << (down.columns - 1).bit_length())
+    block = min(1024, 1 << (down.columns - 1).bit_length())
     sum_choices_kernel[(tokens, -(-down.columns // block))](
         hidden, index, weights, out if residual is None else residual, out, WIDTH=down.columns,
         EXPERTS=up.experts, CHOICES=choices, HAS_RESIDUAL=residual is not None,
-        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK=block, PDL=pdl, num_warps=4, **options,
+        BLOCK=block, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     return out
 
