@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
@@ -15,8 +16,10 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from autodeploy.custom_ops.norm import rms_norm
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.rope import rope
+from autodeploy.ladder import build_runner
 from autodeploy.transforms.capture.norms import prove_rms_norm
-from autodeploy.transforms.capture.rotary import prove_rope
+from autodeploy.transforms.capture.rotary import prove_rope, returns_dtype_of_heads
+from autodeploy.transforms.recipe import load_recipe
 
 
 def functions(op, *args):
@@ -187,3 +190,16 @@ def test_heads_last_layout():
 )
 def test_what_is_no_rotation_is_not_taken_for_one(function):
     assert prove_rope(function) is None
+
+
+def test_a_table_of_a_wider_dtype_leaves_heads_in_the_dtype_that_the_function_gives():
+    assert not returns_dtype_of_heads(llama_rotary)
+    assert returns_dtype_of_heads(
+        lambda q, k, cos, sin: tuple(x.to(q.dtype) for x in llama_rotary(q, k, cos, sin))
+    )
+
+
+def test_a_bfloat16_model_with_a_float32_table_is_captured_whole():
+    runner = build_runner(tiny_model("olmo2").bfloat16(), load_recipe("default")).program
+    assert runner is not None
+    assert not any("module" in name for name in runner.contract.eager)

@@ -196,6 +196,12 @@ class TestLower:
 
 
 class TestLoad:
+    def test_ops_that_wait_for_the_device_keep_a_program_out_of_graphs(self):
+        waiting = program_of(tiny_model("jetmoe"), "canonicalize", "cache", "lower")
+        assert "aten.item.default" in waiting.contract.eager
+        plain = program_of(tiny_model("llama"), "canonicalize", "cache", "lower")
+        assert not any(name.startswith("aten") for name in plain.contract.eager)
+
     def test_weights_that_are_used_as_they_are_stay_shared_with_a_live_model(self, llama):
         program = program_of(llama, "canonicalize", "fuse_parallel_linears", "load")
         down = program.graph_module.model_layers_0_mlp_down_proj_weight

@@ -68,9 +68,13 @@ def decode_tiles(
     # stages for all before: 256 heads of 128 and 576 keys 24 (27), 192 of 4096 keys 101 (132). Many
     # keep the memory busy with two stages: 2048 of 576 keys 146 (148).
     few = heads <= programs
-    keys = max(16, min(128, (8192 if few else 16384) // (width * itemsize), 4096 // rows))
-    room = (220 * 1024 - rows * width * itemsize) // (2 * keys * width * itemsize)
-    stages = min(5 if few else 2, room)
+    if width * itemsize > 256:
+        # Blocks of 8 KiB would have 16 keys: 64 sequences of 576, 4 heads of 256, take 66 us, with
+        # 32 of them and four stages 48.
+        block, stages = 16384, 4
+    else:
+        block, stages = (8192, 5) if few else (16384, 2)
+    keys = max(16, min(128, block // (width * itemsize), 4096 // rows))
     return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, stages)
 
 

@@ -32,7 +32,8 @@ def intercept_rotary(scope: Interception, model: nn.Module) -> None:
             continue
         interleaved = prove_rope(original)
         if interleaved is not None:
-            scope.set_attribute(module, _NAME, _replacement(original, interleaved))
+            replacement = _replacement(original, interleaved, returns_dtype_of_heads(original))
+            scope.set_attribute(module, _NAME, replacement)
     _follow_bound_copies(scope, model)
 
 
@@ -45,7 +46,9 @@ def _follow_bound_copies(scope: Interception, model: nn.Module) -> None:
             scope.set_attribute(part, "rotary_fn", getattr(home, _NAME))
 
 
-def _replacement(original: Callable[..., Any], interleaved: bool) -> Callable[..., Any]:
+def _replacement(
+    original: Callable[..., Any], interleaved: bool, casts: bool
+) -> Callable[..., Any]:
     def apply(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         *args: Any, **kwargs: Any,
@@ -53,7 +56,10 @@ def _replacement(original: Callable[..., Any], interleaved: bool) -> Callable[..
         unsqueeze_dim = kwargs.get("unsqueeze_dim", 1)
         known = set(kwargs) <= {"unsqueeze_dim"} and not args
         if known and cos.dim() == 3 and q.dim() == 4 and k is not None and unsqueeze_dim in (1, 2):
-            return rope(q, k, cos, sin, interleaved, unsqueeze_dim)
+            turned = rope(q, k, cos, sin, interleaved, unsqueeze_dim)
+            if casts and cos.dtype is not q.dtype:
+                return turned[0].to(q.dtype), turned[1].to(k.dtype)
+            return turned
         return original(q, k, cos, sin, *args, **kwargs)
 
     return apply
@@ -78,6 +84,14 @@ def prove_rope(function: Callable[..., Any]) -> bool | None:
                 continue
             matching = {form for form in matching if _same(rope(q, k, cos, sin, form), expected)}
     return matching.pop() if len(matching) == 1 else None
+
+
+def returns_dtype_of_heads(function: Callable[..., Any]) -> bool:
+    """Whether heads turned by a table of a wider dtype come back in their own."""
+    with _disable_current_modes(), torch.no_grad():
+        heads, table = torch.ones(1, 2, 3, 16, dtype=torch.bfloat16), torch.ones(1, 3, 16)
+        turned = function(heads, heads, table, table)
+    return bool(turned[0].dtype is heads.dtype)
 
 
 def _same(found: tuple[torch.Tensor, ...], expected: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autodeploy.custom_ops.op import Choice, op_of
 
@@ -59,9 +60,27 @@ class Lower(Transform):
         node.target = op.dispatched(chosen) if self.through_dispatcher else chosen.function
 
     def finish(self, program: Program) -> None:
-        eager = tuple(sorted(program.options.pop("eager", ())))
+        eager = set(program.options.pop("eager", ()))
+        eager |= {str(node.target) for node in program.graph.nodes if _waits(node)}
         calls = sum(map(_launches, program.graph.nodes))
-        program.contract = dataclasses.replace(program.contract, eager=eager, calls=calls)
+        program.contract = dataclasses.replace(
+            program.contract, eager=tuple(sorted(eager)), calls=calls
+        )
+
+
+def _waits(node: fx.Node) -> bool:
+    """Whether the host must know what the device computed: a number, or how many there are."""
+    target, value = node.target, node.meta.get("val")
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.data_dependent_output in target.tags or target is torch.ops.aten.item.default:
+        return True
+    made = value.shape if isinstance(value, torch.Tensor) else ()
+    taken = (n.meta.get("val") for n in node.all_input_nodes)
+    known = {str(size) for t in taken if isinstance(t, torch.Tensor) for size in t.shape}
+    return torch.Tag.dynamic_output_shape in target.tags and any(
+        free_unbacked_symbols(size) and str(size) not in known for size in made
+    )
 
 
 def _launches(node: fx.Node) -> bool:
