@@ -17,6 +17,7 @@ from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.runtime.sequence_runner import RecomputeRunner
 from autodeploy.transforms.capture.rope_lengths import length_rotaries, lengths_forgotten
 from autodeploy.transforms.recipe import load_recipe
+from autodeploy.transforms.verify import reference_logits
 
 
 def workload(seed=1):
@@ -86,7 +87,7 @@ def test_every_rope_type_gives_the_tokens_of_generate(name, kind):
 
 def one_at_a_time(model):
     """Deployed as if it could not be captured."""
-    built = _lower_rung(model, Built(None, 1), "the test says so")
+    built = _lower_rung(model, Built(None, 1), "the test says so", reference_logits(model))
     assert built.rung == 2
     return built.runner
 
