@@ -29,9 +29,8 @@ class Tiling:
     block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
     early: bytes of each weight row that a program asks for before it waits for its predecessor.
     split and norms mean something to `dot_kernel` only: norms, whether it applies a norm itself or
-    finds x normed. The last four do to `wide_kernel` only: tokens of a tile, programs that tiles
-    are dealt to (0: one for each), token tiles that are worked on side by side, and whether tokens
-    are the tall operand.
+    finds x normed. The last three do to `wide_kernel` only: tokens of a tile, programs that tiles
+    are dealt to (0: one for each), and token tiles that are worked on side by side.
     """
 
     kernel: Literal["gemv", "dot", "wide", "cublas"]
@@ -45,7 +44,6 @@ class Tiling:
     block_m: int = 0
     programs: int = 0
     group: int = 8
-    swap: bool = False
 
 
 @functools.cache

@@ -7,8 +7,7 @@ fewer than needed; the steps of those left over are cut into one equal share a p
 Osama et al., 2023). Who is the last to finish a share of a tile adds all of them up.
 
 Tiles of both operands come through TMA, which keeps addresses out of registers and reads zeros past
-an edge. The weight is the tall operand of the matrix instruction and the tokens are the wide one,
-or the other way round.
+an edge. The weight is the tall operand of the matrix instruction, the tokens are the wide one.
 """
 
 import triton
@@ -34,22 +33,20 @@ def tile_at(tile, row_tiles, token_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def multiply(w, values, total, SWAP: tl.constexpr, WIDE: tl.constexpr):
-    """total + w valuesᵀ, or its transpose."""
+def multiply(w, values, total, WIDE: tl.constexpr):
+    """total [N, M] plus w [N, K] times values [M, K]."""
+    across = tl.trans(values)
     if WIDE:
         w = w.to(tl.float32)
-        values = values.to(tl.float32)
-    if SWAP:
-        return tl.dot(values, w.T, total)
-    else:
-        return tl.dot(w, values.T, total)
+        across = across.to(tl.float32)
+    return tl.dot(w, across, total)
 
 
 @triton.jit(do_not_specialize=["tokens", "outputs"])
 def wide_kernel(
     x, weight, rows, bias, residual, out, scratch, arrivals, tokens, outputs,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, CHUNK: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +56,7 @@ def wide_kernel(
     weight itself. scratch: float32, two slots a program, for its share of a tile that began before
     its own share and of one that ends after; arrivals: int32 zeros, one per tile that is shared,
     left as zeros. EARLY: bytes of each row of the first tile that are asked for before the wait.
-    CHUNK: tokens that shares are added up for at a time. SWAP: tokens are the tall operand.
+    CHUNK: tokens that shares are added up for at a time.
     WIDE: products of float32, for the interpreter, which has none of bfloat16.
     """
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -111,21 +108,15 @@ def wide_kernel(
         row = row_tile * BLOCK_N
         token = token_tile * BLOCK_M
 
-        if SWAP:
-            first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        else:
-            first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         second = first
         for step in range(low, high):
             values = x.load([token, step * BLOCK_K])
             w = weight.load([row, step * BLOCK_K])
-            first = multiply(w, values, first, SWAP, WIDE)
+            first = multiply(w, values, first, WIDE)
             if GATED:
                 w = weight.load([outputs + row, step * BLOCK_K])
-                second = multiply(w, values, second, SWAP, WIDE)
-        if SWAP:
-            first = tl.trans(first)
-            second = tl.trans(second)
+                second = multiply(w, values, second, WIDE)
 
         column = row + tl.arange(0, BLOCK_N)
         if high - low == STEPS:

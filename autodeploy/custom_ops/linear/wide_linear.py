@@ -64,7 +64,7 @@ def wide_linear(
         out if residual is None else residual.contiguous(), out, scratch, arrivals,
         tokens, columns,
         K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=tiling.group,
-        CHUNK=min(_CHUNK, block_m), SWAP=tiling.swap, HAS_BIAS=bias is not None,
+        CHUNK=min(_CHUNK, block_m), HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "linear", GATED=gated,
         EARLY=min(tiling.early, 2 * width) if pdl else 0, WIDE=gpu.interpreted(), PDL=pdl,
         num_warps=tiling.warps, num_stages=tiling.stages, **options,
