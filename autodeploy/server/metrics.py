@@ -7,7 +7,7 @@ watched on the event loop, and a scrape is answered there, so no counter needs a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from fastapi import APIRouter, Response
@@ -36,19 +36,20 @@ class Served(Protocol):
 class ServerMetrics(Collector):
     """The metrics of one server; `docs/observability.md` has the list.
 
-    llm: what is served now; assign the new one after a restart of the engine.
+    llm: gives what is served now, which a restart may change. Its histograms' edges are those of
+    the model's longest sequence.
     model_name: the label `model_name` of every metric, and `engine` is '0', as vLLM has them.
     """
 
-    def __init__(self, llm: Served, model_name: str) -> None:
-        self.llm = llm
+    def __init__(self, llm: Callable[[], Served], model_name: str) -> None:
+        self._llm = llm
         self.labels = {"model_name": model_name, "engine": "0"}
         self.finished: Counter[str] = Counter(dict.fromkeys(FINISHED_REASONS, 0))
         self.refused = 0
         self.prompt_tokens = 0
         self.responses: Counter[tuple[str, str]] = Counter()
         """HTTP responses by route and status."""
-        tokens = token_counts(llm.max_model_len)
+        tokens = token_counts(llm().max_model_len)
         self.request_prompt_tokens = Histogram(
             "vllm:request_prompt_tokens", "Prompt tokens of a finished request.", tokens
         )
@@ -101,13 +102,14 @@ class ServerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families, for prometheus_client."""
-        yield from engine_families(self.llm.stats, self.labels)
+        llm = self._llm()
+        yield from engine_families(llm.stats, self.labels)
         names, values = list(self.labels), list(self.labels.values())
         opened = GaugeMetricFamily(
             "autodeploy:open_requests", "Requests that the server has not answered yet.",
             labels=names,
         )  # fmt: skip
-        opened.add_metric(values, self.llm.open_requests)
+        opened.add_metric(values, llm.open_requests)
         yield opened
         prompts = CounterMetricFamily(
             "vllm:prompt_tokens",

@@ -31,7 +31,8 @@ CLIENT_LEFT = 499
 class Observation:
     """Wraps an app.
 
-    metrics: counts responses there. traces: a span per request that generates.
+    metrics: counts responses there. traces: a span per request that generates. A request that has
+    an id, in the state of its scope, keeps it.
     """
 
     def __init__(
@@ -46,14 +47,15 @@ class Observation:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        state = scope.setdefault("state", {})
+        state.setdefault("request_id", _request_id(headers.get(b"x-request-id")))
         record = RequestRecord(
-            _request_id(headers.get(b"x-request-id")),
+            state["request_id"],
             method=scope["method"] if scope["method"].isalpha() else "?",
             path=quote(scope["path"]),
             client=(scope.get("client") or ("",))[0],
         )
         set_current_record(record)
-        scope.setdefault("state", {})["request_id"] = record.request_id
         started = time.perf_counter()
 
         async def send_noted(message: Message) -> None:

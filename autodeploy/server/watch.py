@@ -1,16 +1,16 @@
 """RequestWatch: follows the outputs of one prompt into the metrics and the request's record.
 
-    with RequestWatch(metrics, params, output_kind="delta") as watch:
-        async for output in llm.generate(prompt, params, output_kind="delta"):
-            watch.observe(output)
+    async for output in watched(llm.generate(prompt, params), metrics, params): ...
 
-However the block is left, the request is counted once: as finished, as aborted (the client left,
-or the task was cancelled), as failed, or as refused.
+However the stream ends, the request is counted once: as finished, as aborted (the client left, or
+the task was cancelled), as failed, or as refused.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import TracebackType
 
 from ..async_llm import OutputKind
@@ -20,6 +20,21 @@ from ..runtime.messages import RequestMetrics
 from ..runtime.sampling_params import SamplingParams
 from .metrics import ServerMetrics
 from .record import RequestRecord, current_record
+
+
+async def watched(
+    outputs: AsyncGenerator[RequestOutput, None],
+    metrics: ServerMetrics,
+    params: SamplingParams,
+    output_kind: OutputKind = "delta",
+) -> AsyncGenerator[RequestOutput, None]:
+    """The same outputs. params, output_kind: what they were asked for with."""
+    with RequestWatch(metrics, params, output_kind) as watch:
+        # Closed here and now: an engine hears of a client that left by its stream's end.
+        async with aclosing(outputs):
+            async for output in outputs:
+                watch.observe(output)
+                yield output
 
 
 class RequestWatch:

@@ -6,7 +6,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from threading import Thread
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from autodeploy import AsyncLLM, SamplingParams
@@ -14,7 +14,7 @@ from autodeploy.server.metrics import ServerMetrics
 from autodeploy.server.observation import Observation
 from autodeploy.server.page import page_router
 from autodeploy.server.status import status_router
-from autodeploy.server.watch import RequestWatch
+from autodeploy.server.watch import watched
 
 MODEL = "examples/demo_model"
 OPTIONS = {"max_num_seqs": 16, "max_model_len": 512, "num_pages": 256}
@@ -23,9 +23,19 @@ OPTIONS = {"max_num_seqs": 16, "max_model_len": 512, "num_pages": 256}
 def observed_app(llm, traces=None, key=None):
     """An app with the routes of observability and two that generate; `app.state.metrics`."""
     app = FastAPI()
-    metrics = app.state.metrics = ServerMetrics(llm, "demo")
+
+    def key_checked(request: Request):
+        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+            raise HTTPException(401, "the API key is wrong")
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request, error):
+        return JSONResponse({"error": {"message": error.detail}}, error.status_code)
+
+    metrics = app.state.metrics = ServerMetrics(lambda: llm, "demo")
     app.include_router(metrics.router())
-    app.include_router(status_router(lambda: metrics.llm, "demo", key is not None))
+    status = status_router(lambda: llm, "demo", key is not None)
+    app.include_router(status, dependencies=[Depends(key_checked)])
     app.include_router(page_router())
 
     @app.post("/v1/completions")
@@ -41,8 +51,7 @@ def observed_app(llm, traces=None, key=None):
         raise RuntimeError("it broke")
 
     async def answer(request, prompt_of, chat=False):
-        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
-            return JSONResponse({"error": {"message": "the API key is wrong"}}, 401)
+        key_checked(request)
         body = await request.json()
         params = SamplingParams(
             max_tokens=body.get("max_tokens", 16),
@@ -51,7 +60,9 @@ def observed_app(llm, traces=None, key=None):
             stop=body.get("stop"),
             n=body.get("n", 1),
         )
-        outputs = watched(metrics, llm, prompt_of(body), params, body.get("stream", False))
+        kind = "delta" if body.get("stream") else "final"
+        outputs = llm.generate(prompt_of(body), params, output_kind=kind)
+        outputs = watched(outputs, metrics, params, kind)
         if body.get("stream"):
             return StreamingResponse(events(outputs, chat), media_type="text/event-stream")
         (output,) = [output async for output in outputs]
@@ -63,15 +74,6 @@ def observed_app(llm, traces=None, key=None):
 
 def chat_prompt(llm, messages):
     return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-async def watched(metrics, llm, prompt, params, streams):
-    kind = "delta" if streams else "final"
-    with RequestWatch(metrics, params, kind) as watch:
-        async with aclosing(llm.generate(prompt, params, output_kind=kind)) as outputs:
-            async for output in outputs:
-                watch.observe(output)
-                yield output
 
 
 async def events(outputs, chat):

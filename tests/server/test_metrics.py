@@ -49,12 +49,12 @@ def output(tokens, reason=None, timing=None, prompt=5, index=0):
 
 @pytest.fixture
 def metrics():
-    return ServerMetrics(Engine(), "demo")
+    return ServerMetrics(Engine, "demo")
 
 
 def test_every_number_of_the_engine_is_shown():
     stats = {name: at + 1 for at, name in enumerate(EngineStats.__struct_fields__)}
-    values = values_of(ServerMetrics(Engine(**stats), "demo"))
+    values = values_of(ServerMetrics(lambda: Engine(**stats), "demo"))
     shown = {m.name: values[m.name + "_total" * (m.kind == "counter"),] for m in ENGINE_METRICS}
     assert shown["vllm:num_requests_running"] == stats["running"]
     assert shown["vllm:prefix_cache_hits"] == stats["prefix_hits"]
@@ -77,7 +77,7 @@ def test_every_metric_carries_the_model_and_the_engine(metrics):
 
 
 def test_two_servers_in_one_process_count_apart():
-    first, second = (ServerMetrics(Engine(), name) for name in "ab")
+    first, second = (ServerMetrics(Engine, name) for name in "ab")
     with RequestWatch(first, SamplingParams()) as watch:
         watch.observe(output(3, "stop"))
     assert values_of(first)["vllm:request_success_total", "stop"] == 1

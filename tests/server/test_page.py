@@ -83,7 +83,7 @@ def finished(page):
 
 def test_a_completion_streams_into_the_page(page, url):
     opened(page, url)
-    page.get_by_label("text to go on with").check()
+    page.get_by_label("text to continue").check()
     page.get_by_label("Prompt", exact=True).fill("def fib(n):")
     page.get_by_label("Most tokens").fill("24")
     page.evaluate("""
@@ -105,7 +105,7 @@ def test_a_completion_streams_into_the_page(page, url):
 
 def test_a_conversation_goes_on_over_turns(page, url):
     opened(page, url)
-    assert page.get_by_label("a message to the assistant").is_checked()
+    assert page.get_by_label("a chat message").is_checked()
     bodies = []
     page.on("request", lambda r: r.method == "POST" and bodies.append(r.post_data_json))
     for words in ("hello", "and then?"):
@@ -125,7 +125,7 @@ def test_a_conversation_goes_on_over_turns(page, url):
 def test_escape_stops_and_the_engine_hears_of_it(page, url, llm):
     opened(page, url)
     lengthen(page)
-    page.get_by_label("text to go on with").check()
+    page.get_by_label("text to continue").check()
     page.get_by_label("Prompt", exact=True).fill("x = 1\n")
     page.get_by_label("Most tokens").fill("480")
     page.get_by_role("button", name="Generate").click()
@@ -161,20 +161,23 @@ def test_what_goes_on_is_shown(page, url, llm):
     assert page.inner_text("#recipe") == "default.yaml"
     rows = page.locator("#transforms tbody tr").all_inner_texts()
     counts = dict(row.split("\t") for row in rows)
-    assert list(counts)[0] == "canonicalize"
+    assert next(iter(counts)) == "canonicalize"
     assert int(counts["cache"]) > 0
     assert page.inner_text("#generated") == f"{llm.stats.generated_tokens:,}"
 
 
 def test_a_key_is_asked_for_and_used(page, llm):
     with served(observed_app(llm, key=KEY)) as url:
-        opened(page, url)
+        page.goto(url)
+        shows(page, "lost", "Waiting for the API key.")
+        key = page.get_by_label("API key", exact=True)
+        key.fill("wrong")
         page.get_by_label("Prompt", exact=True).fill("hello")
         page.get_by_role("button", name="Generate").click()
         alert = page.get_by_role("alert")
         alert.filter(has_text="the API key is wrong").wait_for()
         assert page.evaluate("document.activeElement.id") == "key"
-        page.get_by_label("API key", exact=True).fill(KEY)
+        key.fill(KEY)
         page.get_by_role("button", name="Generate").click()
         finished(page)
         assert alert.inner_text() == ""
