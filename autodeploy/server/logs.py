@@ -24,7 +24,8 @@ _FIELDS = "access"
 def set_up_logging(log_format: LogFormat, level: int, stream: TextIO | None = None) -> None:
     """Sends the logs of this process to `stream`, standard error if None, in one format.
 
-    uvicorn's own go the same way; its access log is replaced by ours.
+    uvicorn's own go the same way, if it is started with `log_config=None`; its access log, which
+    shows queries, is replaced by ours.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -143,16 +144,17 @@ class ServerMetrics(Collector):
             yield histogram.family(self.labels)
 
     def text(self) -> bytes:
-        """The page that Prometheus reads."""
+        """All of it in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def router(self) -> APIRouter:
-        """GET /metrics."""
+        """GET /metrics, in the format that the scraper asks for."""
         router = APIRouter()
 
         # On the event loop, where requests are watched: no counter changes while it is read.
         @router.get("/metrics", include_in_schema=False)
-        async def metrics() -> Response:
-            return Response(self.text(), media_type=CONTENT_TYPE_LATEST)
+        async def metrics(request: Request) -> Response:
+            encode, media_type = choose_encoder(request.headers.get("accept", ""))
+            return Response(encode(self._registry), headers={"Content-Type": media_type})
 
         return router

@@ -4,7 +4,11 @@ import asyncio
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from observed_app import deployed, observed_app
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from autodeploy import SamplingParams
@@ -166,6 +170,21 @@ def test_a_histogram_counts_values_up_to_its_edges():
     by_edge = {s.labels["le"]: s.value for s in family.samples if "le" in s.labels}
     assert by_edge == {"1.0": 2, "2.0": 7, "+Inf": 8}
     assert token_counts(300) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+async def test_a_scraper_gets_the_format_that_it_asks_for(accept):
+    app = FastAPI()
+    app.include_router(ServerMetrics(Engine, "demo").router())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        response = await client.get("/metrics", headers={"Accept": accept})
+    assert response.headers["content-type"].startswith(
+        accept.split(";")[0] or "text/plain; version"
+    )
+    parse = openmetrics_families if accept else text_string_to_metric_families
+    names = {family.name for family in parse(response.text)}
+    assert {"vllm:num_preemptions", "vllm:time_to_first_token_seconds"} <= names
 
 
 async def test_a_server_counts_what_its_clients_got():
