@@ -76,11 +76,11 @@ class Observation:
 
     def _report(self, record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:
         status = record.status or CLIENT_LEFT
+        # The route's own pattern: paths are the client's, and as many as it likes.
+        route = getattr(scope.get("route"), "path", "unknown")
         if self._metrics is not None:
-            # The route's own pattern: paths are the client's, and as many as it likes.
-            route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.responses[route, str(status)] += 1
-        level = logging.DEBUG if record.path in _PROBES and status < 400 else logging.INFO
+        level = logging.DEBUG if route in _PROBES and status < 400 else logging.INFO
         if _access.isEnabledFor(level):
             fields = access_fields(record, status)
             _access.log(level, "%s %s %d", record.method, record.path, status, extra=fields)
