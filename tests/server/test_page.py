@@ -1,6 +1,7 @@
 """The page at /, in a browser: it streams, stops, shows what goes on, and works without a mouse."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -185,6 +186,20 @@ def test_a_key_is_asked_for_and_used(page, llm):
     # The browser notes the refusal; nothing else may be there.
     assert all("401" in said for said in page.complaints)
     page.complaints.clear()
+
+
+def test_markup_is_shown_as_text_and_an_error_event_as_an_alert(page, url):
+    markup = "<img src=x onerror=alert(1)>"
+    said = [{"choices": [{"text": markup}]}, {"error": {"message": "the engine died"}}]
+    body = "".join(f"data: {json.dumps(event)}\r\n\r\n" for event in said)
+    page.route("**/v1/completions", lambda r: r.fulfill(body=body, content_type="text/event-stream"))
+    opened(page, url)
+    page.get_by_label("text to continue").check()
+    page.get_by_label("Prompt", exact=True).fill("x")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("alert").filter(has_text="the engine died").wait_for()
+    assert markup in page.inner_text("#output")
+    assert page.get_by_role("button", name="Generate").is_enabled()
 
 
 def test_everything_is_reached_by_tab_and_has_a_name(page, url):
