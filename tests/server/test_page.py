@@ -192,7 +192,8 @@ def test_markup_is_shown_as_text_and_an_error_event_as_an_alert(page, url):
     markup = "<img src=x onerror=alert(1)>"
     said = [{"choices": [{"text": markup}]}, {"error": {"message": "the engine died"}}]
     body = "".join(f"data: {json.dumps(event)}\r\n\r\n" for event in said)
-    page.route("**/v1/completions", lambda r: r.fulfill(body=body, content_type="text/event-stream"))
+    answer = {"body": body, "content_type": "text/event-stream"}
+    page.route("**/v1/completions", lambda route: route.fulfill(**answer))
     opened(page, url)
     page.get_by_label("text to continue").check()
     page.get_by_label("Prompt", exact=True).fill("x")
