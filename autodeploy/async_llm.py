@@ -104,6 +104,11 @@ class AsyncLLM:
         return self._executor.ready.vocab_size
 
     @property
+    def summary(self) -> dict[str, str]:
+        """What was built: the rung of the ladder, the recipe, match counts, times."""
+        return self._executor.ready.summary
+
+    @property
     def open_requests(self) -> int:
         """Streams that have not ended."""
         return len(self._streams)

@@ -79,6 +79,9 @@ def build_engine(config: DeployConfig) -> EngineCore:
     contract = runner.contract
     dtype = str(contract.dtype).removeprefix("torch.")
     engine.summary |= {"device": str(contract.device), "dtype": dtype, **phases.facts()}
+    if "recipe" in engine.summary:
+        # A program made in another process knows its recipe as a dict, which has no name.
+        engine.summary["recipe"] = recipe.name
     times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.seconds.items())
     _log.info("ready in %.1f s (%s)", phases.total, times)
     return engine

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .errors import CaptureError, NotCausalError
+from .match_counts import match_counts_text
 from .runtime.packed_runner import PackedRunner
 from .runtime.sequence_runner import RecomputeRunner, SequenceRunner, model_cache_error
 from .transforms import library as _library  # noqa: F401 - registers the transforms
@@ -277,6 +278,6 @@ def summary(built: Built) -> dict[str, str]:
         facts["cause"] = built.cause
     if built.report is not None:
         facts["recipe"] = built.report.recipe
-        facts["transforms"] = ", ".join(f"{s.id} {s.matches}" for s in built.report.steps)
+        facts["transforms"] = match_counts_text({s.id: s.matches for s in built.report.steps})
     facts.update({f"{phase} seconds": f"{s:.2f}" for phase, s in built.seconds.items()})
     return facts
