@@ -56,6 +56,21 @@ GOOD = [
     ("qwen3_coder", '<function=write><parameter=text>if (a) { "b}"; } // <tool_call> ]</parameter>'
      '<parameter=more>\n{"x": [1, null, {}]}\n</parameter></function></tool_call>', None, [NESTED]),
     ("qwen3_xml", "<tool_call><function=now></function></tool_call>", None, [NOTHING]),
+    ("seed_oss", "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Zürich</parameter>\n"
+     "<parameter=days>3</parameter>\n</function>\n</seed:tool_call>", None, [WEATHER]),
+    ("minimax_m2", '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Zürich'
+     '</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>'
+     "\n</minimax:tool_call>", None, [WEATHER, NOTHING]),
+    ("glm45", "Oh.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Zürich</arg_value>"
+     "\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n"
+     "</tool_call>", "Oh.", [WEATHER, NOTHING]),
+    ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+     f"<|tool_call_argument_begin|>{_W}<|tool_call_end|><|tool_call_begin|>functions.write:1"
+     f"<|tool_call_argument_begin|>{_N}<|tool_call_end|><|tool_calls_section_end|>", None,
+     [WEATHER, NESTED]),
+    ("phi4_mini_json", f'functools[{{"name": "get_weather", "arguments": {_W}}}]', None, [WEATHER]),
+    ("olmo3", "<function_calls>\nget_weather(city='Zürich', days=3)\nnow()\n</function_calls>",
+     None, [WEATHER, NOTHING]),
     ("granite", f'<|tool_call|>[{{"name": "get_weather", "arguments": {_W}}}]', None, [WEATHER]),
     ("granite", f'[{{"name": "write", "arguments": {_N}}}]', None, [NESTED]),
     ("json", f'{{"name": "get_weather", "arguments": {_W}}}', None, [WEATHER]),

@@ -18,6 +18,9 @@ TEMPLATES = [
     ("<｜tool▁calls▁begin｜><｜tool▁sep｜> </think>", "deepseek_v31", "qwen3"),
     ("<|start|>assistant<|channel|>commentary to=functions.<|message|>", "openai",
      "openai_gptoss"),
+    ("<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key> </think>", "glm45", "qwen3"),
+    ("<|tool_calls_section_begin|> <think></think>", "kimi_k2", "qwen3"),
+    ("'<seed:tool_call>' <function=f> <parameter=p> '<seed:think>'", "seed_oss", "seed_oss"),
     ("<|tool_call|> Here is my thought process: Here is my response:", "granite", "granite"),
 ]  # fmt: skip
 
@@ -29,9 +32,9 @@ def test_a_template_shows_its_formats(template, tools, reasoning):
 
 def test_the_names_of_formats_are_these():
     assert sorted(tool_formats()) == [
-        "deepseek_v3", "deepseek_v31", "granite", "hermes", "json", "llama3_json",
-        "llama4_json", "llama4_pythonic", "mistral", "openai", "pythonic", "qwen3_coder",
-        "qwen3_xml",
+        "deepseek_v3", "deepseek_v31", "glm45", "glm47", "granite", "hermes", "json", "kimi_k2",
+        "llama3_json", "llama4_json", "llama4_pythonic", "minimax_m2", "mistral", "olmo3", "openai",
+        "phi4_mini_json", "pythonic", "qwen3_coder", "qwen3_xml", "seed_oss",
     ]  # fmt: skip
     assert sorted(reasoning_formats()) == [
         "deepseek_r1", "deepseek_v3", "gemma4", "glm45", "granite", "kimi_k2", "minimax_m2",

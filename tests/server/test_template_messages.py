@@ -29,6 +29,14 @@ TEXT_CALLS = (
     "{{ call['function']['name'] + call['function']['arguments'] }}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
+OR_CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{% set args = c.function.arguments or {} %}"
+    "{% for k, v in args.items() %}{{ k }}{% endfor %}{% endfor %}{% endfor %}"
+)
+GET_CONTENT = (
+    "{% for m in messages %}{% set c = m.get('content') %}{% if c is string %}{{ c }}"
+    "{% elif c is not none %}{% for part in c %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
 THINKS = (
     "{% for m in messages %}{{ m.thinking }}{% if m.role == 'developer' %}{% endif %}{% endfor %}"
 )
@@ -45,6 +53,8 @@ THINKS = (
         (DICT_CALLS, TemplateShape()),
         (ITEMS_CALLS, TemplateShape()),
         (TEXT_CALLS, TemplateShape(text_arguments=True, none_content=True)),
+        (OR_CALLS, TemplateShape()),
+        (GET_CONTENT, TemplateShape(none_content=True)),
         (THINKS, TemplateShape(thinking=True, developer=True)),
     ],
 )

@@ -16,6 +16,7 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 
 # transformers' own block tag, which marks what the assistant wrote; it changes no text.
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_JOINS = (nodes.Output, nodes.Add, nodes.Concat)
 _TAKES_DICT = ("tojson", "items", "dictsort")
 
 
@@ -49,7 +50,7 @@ def template_shape(chat_template: str) -> TemplateShape:
     return TemplateShape(
         content_parts=content.looped and "string" not in content.tests,
         none_content="none" in content.tests,
-        text_arguments=arguments.read and not arguments.as_dict and not arguments.tests,
+        text_arguments=arguments.as_text and not arguments.as_dict and not arguments.tests,
         developer=any(node.value == "developer" for node in tree.find_all(nodes.Const)),
         thinking=_Field(tree, "thinking").read,
     )
@@ -65,18 +66,24 @@ class _Field:
         self._aliases |= {
             node.target.name
             for node in tree.find_all(nodes.Assign)
-            if isinstance(node.target, nodes.Name) and self._is(node.node)
+            if isinstance(node.target, nodes.Name) and self._passes_on(node.node)
         }
         self.read = any(self._is(node) for node in tree.find_all((nodes.Getattr, nodes.Getitem)))
         self.looped = any(self._is(node.iter) for node in tree.find_all(nodes.For))
         self.tests = frozenset(self._tests(tree))
-        self.as_dict = any(self._takes_dict(node) for node in tree.find_all(nodes.Expr))
+        self.as_dict = self.looped or any(map(self._takes_dict, tree.find_all(nodes.Expr)))
+        self.as_text = any(map(self._takes_text, tree.find_all(_JOINS)))
 
     def _is(self, node: nodes.Node | None) -> bool:
         if isinstance(node, nodes.Getattr):
             return node.attr == self._name
         if isinstance(node, nodes.Getitem):
             return isinstance(node.arg, nodes.Const) and node.arg.value == self._name
+        if isinstance(node, nodes.Call) and node.args:
+            # message.get('content')
+            name = node.args[0]
+            is_get = isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
+            return is_get and isinstance(name, nodes.Const) and name.value == self._name
         return isinstance(node, nodes.Name) and node.name in self._aliases
 
     def _tests(self, tree: nodes.Template) -> Iterator[str]:
@@ -88,6 +95,15 @@ class _Field:
                 isinstance(op.expr, nodes.Const) and op.expr.value is None for op in compare.ops
             ):
                 yield "none"
+
+    def _passes_on(self, node: nodes.Node) -> bool:
+        """Whether an expression is the field or, as in `message.content or ''`, may be."""
+        if isinstance(node, (nodes.Or, nodes.CondExpr)):
+            return any(self._is(child) for child in node.iter_child_nodes())
+        return self._is(node)
+
+    def _takes_text(self, node: nodes.Node) -> bool:
+        return any(self._is(child) for child in node.iter_child_nodes())
 
     def _takes_dict(self, node: nodes.Node) -> bool:
         if isinstance(node, nodes.Filter):

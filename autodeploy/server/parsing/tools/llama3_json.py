@@ -44,5 +44,9 @@ FORMAT = Format(
     read,
     markers=("<|python_tag|>",),
     start=start,
-    in_templates=(("<|start_header_id|>", '"parameters"'), ("<|python_tag|>",)),
+    in_templates=(
+        ("<|start_header_id|>", '"parameters"'),
+        ('{"name": function name',),
+        ("<|python_tag|>",),
+    ),
 )

@@ -40,14 +40,19 @@ def _list(stream: Stream) -> Wait[None]:
     yield from text.expect("[")
     while True:
         yield from text.space()
-        yield from _call(stream)
+        yield from call(stream)
         yield from text.space()
         if not (yield from text.accept(",")):
             break
     yield from text.expect("]")
 
 
-def _call(stream: Stream) -> Wait[None]:
+def call(stream: Stream) -> Wait[None]:
+    """Reads one call.
+
+    Raises:
+        Malformed: it is none, or of a tool that nobody declared.
+    """
     text = stream.text
     name = yield from text.run(_NAME, 256)
     if not stream.knows(name):
