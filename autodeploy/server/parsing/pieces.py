@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeAlias
 
 
@@ -72,24 +73,36 @@ def join(pieces: Iterable[Piece]) -> Parsed:
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
     """The same pieces with neighbours of one kind put together; empty ones are dropped."""
     merged: list[Piece] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        if isinstance(piece, str):
-            if not piece:
-                continue
-            if isinstance(last, str):
-                merged[-1] = last + piece
-                continue
-        elif isinstance(piece, Reasoning):
-            if isinstance(last, Reasoning):
-                merged[-1] = Reasoning(last.text + piece.text)
-                continue
-        elif piece.name is None:
-            if not piece.arguments:
-                continue
-            if isinstance(last, ToolDelta) and last.name is None:
-                # No call begins between them, so both are pieces of one call.
-                merged[-1] = ToolDelta(last.index, arguments=last.arguments + piece.arguments)
-                continue
-        merged.append(piece)
+    for kind, group in groupby((piece for piece in pieces if _says_something(piece)), _kind):
+        if kind == "head":
+            merged += group
+            continue
+        run = list(group)
+        merged.append(run[0] if len(run) == 1 else _joined(run))
     return merged
+
+
+def _says_something(piece: Piece) -> bool:
+    if isinstance(piece, str):
+        return bool(piece)
+    if isinstance(piece, Reasoning):
+        return bool(piece.text)
+    return piece.name is not None or bool(piece.arguments)
+
+
+def _kind(piece: Piece) -> str | int:
+    if isinstance(piece, str):
+        return "content"
+    if isinstance(piece, Reasoning):
+        return "reasoning"
+    return "head" if piece.name is not None else piece.index
+
+
+def _joined(run: list[Piece]) -> Piece:
+    """One piece of a run of the same kind; joined at once, since a run may be long."""
+    if isinstance(run[0], str):
+        return "".join(piece for piece in run if isinstance(piece, str))
+    if isinstance(run[0], Reasoning):
+        return Reasoning("".join(piece.text for piece in run if isinstance(piece, Reasoning)))
+    arguments = "".join(piece.arguments for piece in run if isinstance(piece, ToolDelta))
+    return ToolDelta(run[0].index, arguments=arguments)

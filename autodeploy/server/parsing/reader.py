@@ -76,6 +76,9 @@ class Reader:
 
     def accept(self, literal: str) -> Wait[bool]:
         """Reads the literal if it comes next."""
+        if self._text.startswith(literal, self._at):
+            self.take(len(literal))
+            return True
         while True:
             there = self._text[self._at : self._at + len(literal)]
             if there == literal:
@@ -118,6 +121,8 @@ class Reader:
             yield
 
     def space(self) -> Wait[str]:
+        if self._at < len(self._text) and self._text[self._at] not in SPACE:
+            return ""
         return (yield from self.run(_SPACE))
 
     def until(self, literals: tuple[str, ...], trim: bool = False) -> Wait[tuple[str, str | None]]:
@@ -166,7 +171,12 @@ class Reader:
 
 def held_back(text: str, literals: tuple[str, ...]) -> int:
     """Characters at the end of `text` that may be the beginning of one of the literals."""
-    for length in range(min(len(text), max(map(len, literals), default=1) - 1), 0, -1):
-        if any(len(word) > length and text.endswith(word[:length]) for word in literals):
-            return length
-    return 0
+    most = 0
+    for word in literals:
+        at = text.find(word[0], max(0, len(text) - len(word) + 1))
+        while at >= 0:
+            if word.startswith(text[at:]):
+                most = max(most, len(text) - at)
+                break
+            at = text.find(word[0], at + 1)
+    return most

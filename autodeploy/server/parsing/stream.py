@@ -110,6 +110,8 @@ class Stream:
     def arguments(self, text: str) -> None:
         """A piece of the arguments' JSON."""
         assert self._call is not None, "a format wrote arguments outside a call"
+        if not text:
+            return
         self._call.append(ToolDelta(self._calls - 1, arguments=text))
         self._give_out()
 
