@@ -144,6 +144,15 @@ def test_line_breaks_in_strings_become_json():
     assert meant(parsed) == [("f", {"a": "x\ny"})]
 
 
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
+def test_white_space_before_a_call_is_dropped_but_never_held_back_without_end(length):
+    call = '<tool_call>{"name": "now"}</tool_call>'
+    text = "a" + "\n" * length + call
+    same_for_all_chunks(parser("hermes"), text, list(text))
+    assert len(parser("hermes").whole(text).content) == 1 + max(0, length - 64)
+    assert parser("hermes").whole("a" + " " * length).content == "a" + " " * length
+
+
 def test_a_call_that_breaks_in_a_stream_ends_there():
     pieces = streamed(parser("hermes"), ['<tool_call>{"name": "f", "arguments": {"a": 1, oh}}'])
     parsed = join(pieces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from functools import cache
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,7 @@ Wait: TypeAlias = Generator[None, None, T]
 """A read that may have to wait for text; `yield from` gives its T."""
 
 SPACE = " \t\r\n"
+_LONGEST_SPACE = 64
 _SPACE = re.compile(f"[{SPACE}]*")
 
 
@@ -129,21 +131,22 @@ class Reader:
         """Reads what certainly stands before the first of the literals, at least something.
 
         Returns it, and the literal if it has arrived: None means go on, or at the end that none
-        comes. trim: white space before a literal stays unread with it.
+        comes. trim: white space before a literal stays unread with it, but for a very long one.
         """
+        pattern = _any_of(literals)
         while True:
+            found = pattern.search(self._text, self._at)
+            if found is not None:
+                before = self._text[self._at : found.start()]
+                return self.take(_trimmed(before) if trim else len(before)), found.group()
             there = self._text[self._at :]
-            places = [(at, word) for word in literals if (at := there.find(word)) >= 0]
-            if places:
-                at, word = min(places)
-                return self.take(len(there[:at].rstrip(SPACE)) if trim else at), word
             if self._ended:
                 return self.take(len(there)), None
-            certain = there[: len(there) - held_back(there, literals)]
+            certain = len(there) - held_back(there, literals)
             if trim:
-                certain = certain.rstrip(SPACE)
+                certain = _trimmed(there[:certain])
             if certain:
-                return self.take(len(certain)), None
+                return self.take(certain), None
             yield
 
     def through(self, literal: str, limit: int | None = None) -> Wait[str]:
@@ -154,7 +157,9 @@ class Reader:
         """
         searched = 0
         while True:
-            at = self._text.find(literal, self._at + searched)
+            # No further than it may stand: what is read by trial must not cost the whole text.
+            last = None if limit is None else self._at + limit + len(literal)
+            at = self._text.find(literal, self._at + searched, last)
             # Before the literal, or before the first place where it may still begin.
             length = (at if at >= 0 else len(self._text) - len(literal) + 1) - self._at
             if limit is not None and length > limit:
@@ -167,6 +172,17 @@ class Reader:
                 raise Malformed
             searched = max(0, length)
             yield
+
+
+@cache
+def _any_of(literals: tuple[str, ...]) -> re.Pattern[str]:
+    # Without literals, what never matches.
+    return re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+
+
+def _trimmed(text: str) -> int:
+    """Length without the white space at the end, of which no more than so much is held back."""
+    return max(len(text.rstrip(SPACE)), len(text) - _LONGEST_SPACE)
 
 
 def held_back(text: str, literals: tuple[str, ...]) -> int:
