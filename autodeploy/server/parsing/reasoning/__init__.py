@@ -1,0 +1,1 @@
+"""Formats of reasoning: one file each, named as vLLM's --reasoning-parser names them."""
