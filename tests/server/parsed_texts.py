@@ -24,6 +24,8 @@ GOOD = [
     ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {_W}', None, [WEATHER]),
     ("hermes", '<tool_call>{"name": "get_weather", "arguments": '
      '"{\\"city\\": \\"Zürich\\", \\"days\\": 3}"}</tool_call>', None, [WEATHER]),
+    ("hermes", f'<tool_call>{{"type": "function", "id": "1", "function": {{"name": "get_weather", '
+     f'"arguments": {_W}}}}}</tool_call>', None, [WEATHER]),
     ("llama3_json", f'{{"name": "get_weather", "parameters": {_W}}}; '
      f'{{"name": "write", "parameters": {_N}}}', None, [WEATHER, NESTED]),
     ("llama3_json", f'<|python_tag|>{{"name": "get_weather", "parameters": {_W}}}', None,

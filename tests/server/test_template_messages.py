@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autodeploy.chat import chat_prompts
+from autodeploy.checkpoint import load_tokenizer
 from autodeploy.errors import InvalidRequestError
 from autodeploy.server.parsing import template_messages
 from autodeploy.server.parsing.template_shape import TemplateShape, template_shape
 
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 PLAIN = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 PARTS = (
     "{% for m in messages %}{% set c = m.content %}"
@@ -129,6 +134,15 @@ def test_a_developer_is_the_system_where_the_template_knows_none():
 def test_what_is_wrong_is_refused_with_its_place(message, path):
     with pytest.raises(InvalidRequestError, match=path):
         template_messages([message], DICT_CALLS)
+
+
+def test_the_demo_models_template_renders_a_conversation_with_tools():
+    tokenizer = load_tokenizer(DEMO)
+    messages = template_messages([USER, CALL, RESULT], tokenizer.chat_template)
+    (prompt,) = chat_prompts(tokenizer, messages)
+    assert prompt["prompt"] == (
+        "<|bos|><|user|>a\nb<|end|><|assistant|><|end|><|tool|>42<|end|><|assistant|>"
+    )
 
 
 @pytest.mark.parametrize("messages", [None, [], "hi", {}])

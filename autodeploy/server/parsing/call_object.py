@@ -39,14 +39,18 @@ def calls(stream: Stream, marked: bool, new_id: NewId | None = None) -> Wait[Non
     yield from text.accept("]")
 
 
-def call(stream: Stream, marked: bool, new_id: NewId | None = None) -> Wait[None]:
+def call(
+    stream: Stream, marked: bool, new_id: NewId | None = None, inner: bool = False
+) -> Wait[None]:
     """Reads one object. The call is complete with its arguments, whatever follows.
+
+    inner: it is the `function` of another, as in OpenAI's own shape, and has none itself.
 
     Raises:
         Malformed: it is not a call.
     """
     before = stream.calls
-    name, arguments = yield from _members(stream, marked, new_id)
+    name, arguments = yield from _members(stream, marked, new_id, inner)
     if stream.calls > before:
         return
     if name is None or (arguments is None and not marked):
@@ -55,7 +59,7 @@ def call(stream: Stream, marked: bool, new_id: NewId | None = None) -> Wait[None
 
 
 def _members(
-    stream: Stream, marked: bool, new_id: NewId | None
+    stream: Stream, marked: bool, new_id: NewId | None, inner: bool
 ) -> Wait[tuple[str | None, str | None]]:
     """Reads an object's members; gives the call out as soon as it can."""
     text = stream.text
@@ -69,11 +73,11 @@ def _members(
         yield from text.space()
         yield from text.expect(":")
         yield from text.space()
-        nested = key == "function" and (yield from text.peek()) == "{"
+        nested = key == "function" and not inner and (yield from text.peek()) == "{"
         if called or (marked and key not in ("name", "function", *_ARGUMENTS)) or key in _LESS:
             yield from value(text, ignore)
         elif nested:
-            yield from call(stream, marked, new_id)
+            yield from call(stream, marked, new_id, inner=True)
             called = True
         elif key in ("name", "function") and name is None:
             name = yield from string_value(text)
