@@ -19,7 +19,7 @@ from .logits import LogitRules, apply_rules
 from .logprobs import logprob_table, read_logprobs
 from .messages import TokenLogprob
 from .random_stream import uniforms
-from .sampling import BROKEN, FORBIDDEN, SampleResult, Sampling
+from .sampling import BROKEN, SampleResult, Sampling
 from .staging import RING, Staging, receive, send
 
 PARAMETERS = {
@@ -117,7 +117,7 @@ class DeviceSampler:
                     found[at] = entry if token_ids[at] >= 0 else None
             bad = np.flatnonzero(token_ids < 0).tolist()
             reasons = {
-                int(rows[at]): FORBIDDEN if at in rules and host[1, at] >= 0 else BROKEN
+                int(rows[at]): rules[at].why_none() if at in rules and host[1, at] >= 0 else BROKEN
                 for at in bad
             }
             return SampleResult(token_ids, found, rows[bad].tolist(), reasons)
