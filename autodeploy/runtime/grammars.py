@@ -207,7 +207,7 @@ def _lark(text: str) -> str:
 
     try:
         return any_to_lark(text)
-    except (ValueError, RecursionError) as error:
+    except Exception as error:  # noqa: BLE001 - plain ones are what the translator raises
         raise SamplingParamsError(
             f"structured_outputs.grammar is neither Lark nor GBNF: {short_reason(str(error))}"
         ) from error

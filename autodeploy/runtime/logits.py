@@ -1,10 +1,10 @@
 """What a request changes in its own logits before sampling: penalties, biases, forbidden tokens.
 
 The order is: repetition penalty (prompt and output), presence and frequency penalty (output),
-logit_bias, allowed_token_ids, structured_outputs, bad words, min_tokens. Each means what Hugging Face's processor of
-that name means, presence and frequency what OpenAI's API says. A bad word is honoured even if it
-is an end-of-sequence token (Hugging Face drops those), and as soon as the text ends with its
-prefix.
+logit_bias, allowed_token_ids, structured_outputs, bad words, min_tokens. Each means what Hugging
+Face's processor of that name means, presence and frequency what OpenAI's API says. A bad word is
+honoured even if it is an end-of-sequence token (Hugging Face drops those), and as soon as the text
+ends with its prefix.
 
 State per row grows by one token in constant time; a step costs as many numbers as the row has
 distinct tokens, and all rows of a step share one scatter per rule.

@@ -7,6 +7,7 @@ right type and of a size that is safe to compile. Whether it compiles is for `gr
 from __future__ import annotations
 
 import json as json_text
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,6 +140,6 @@ def _check_size(kind: str, text: str) -> None:
 
 def _wrong_type(name: str, value: object, wanted: str) -> SamplingParamsError:
     return SamplingParamsError(
-        f"structured_outputs: {name} is {value!r:.80}, a {type(value).__name__}; it must be "
+        f"structured_outputs: {name} is {reprlib.repr(value)}, a {type(value).__name__}; it must be "
         f"{wanted}"
     )

@@ -15,7 +15,7 @@ def mask_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (m, block) writes -inf to row rows[m]; allowed tokens are neither read nor written."""
+    """Program (m, block) writes -inf to row rows[m]; allowed tokens are left alone."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
