@@ -19,7 +19,7 @@ from autodeploy.errors import SamplingParamsError
 from .structured_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
     from tokenizers import Tokenizer
 
 KEPT = 128
@@ -27,6 +27,10 @@ KEPT = 128
 STACK_BYTES = 2**28
 """Of a thread that compiles (reserved, not used): the compiler calls itself once for every rule
 that names another, and 4,000 such calls overflow an ordinary stack, which ends the process."""
+METASPACE = "\u2581"
+"""What stands for a space in the vocabularies that SentencePiece makes."""
+SAMPLE = '{ "a key": [12, -3.5e+7, "naïve café"] }\n'
+"""Text whose tokens show how a tokenizer writes spaces and bytes."""
 
 _stack_size = threading.Lock()
 
@@ -45,6 +49,7 @@ class Grammars:
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         from llguidance import LLParserLimits, LLTokenizer
+        from tokenizers import Tokenizer
 
         ends = [token for token in eos_token_ids if 0 <= token < vocab_size]
         if not ends:
@@ -58,6 +63,7 @@ class Grammars:
             raise SamplingParamsError(
                 f"structured_outputs cannot be followed with this tokenizer: {error}"
             ) from error
+        _refuse_other_bytes(self._tokenizer, Tokenizer.from_str(tokenizer_json))
         self._limits = LLParserLimits(verbose_errors=False)
         self._kept: OrderedDict[tuple[str, str, bool], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -174,10 +180,27 @@ def _key(params: StructuredOutputsParams) -> tuple[str, str, bool]:
 
 def _serialised(backend: Tokenizer) -> str:
     """Without the padding and truncation that somebody may have set for prompts."""
+    from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
+
     own = copy.copy(backend)
     own.no_padding()
     own.no_truncation()
+    state = own.decoder.__getstate__() if own.decoder is not None else b""
+    if b'"Metaspace"' in state:
+        # The same bytes, said in a way that llguidance reads: it takes tokens' "▁" literally here.
+        own.decoder = Sequence([Replace(METASPACE, " "), ByteFallback(), Fuse()])
     return own.to_str()
+
+
+def _refuse_other_bytes(tables: LLTokenizer, backend: Tokenizer) -> None:
+    """Raises SamplingParamsError if the tables' tokens are not the text that they decode to."""
+    ids = backend.encode(SAMPLE, add_special_tokens=False).ids
+    found = tables.decode_bytes(ids).decode(errors="replace")
+    if found.strip() != backend.decode(ids, skip_special_tokens=False).strip():
+        raise SamplingParamsError(
+            "structured_outputs cannot be followed with this tokenizer: what its tokens decode to "
+            f"is not known (its decoder is {type(backend.decoder).__name__})"
+        )
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
@@ -186,14 +209,16 @@ def _grammar(params: StructuredOutputsParams) -> str:
     Raises:
         SamplingParamsError: the text is in no notation that is known.
     """
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if params.kind in ("json", "json_object"):
         schema = params.text if params.kind == "json" else '{"type": "object"}'
         spaces = {"whitespace_flexible": not params.disable_any_whitespace}
         return LLMatcher.grammar_from_json_schema(schema, overrides=spaces)  # type: ignore[arg-type]
     if params.kind == "regex":
-        return LLMatcher.grammar_from_regex(params.text)
+        # Digits are those that every dialect calls so; which others there are depends on the
+        # version of Unicode.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.text, 'd')}/")
     if params.choice is not None:
         # One lexeme: as alternatives of a rule, more than 2,000 are refused.
         texts = " | ".join(json.dumps(c, ensure_ascii=False) for c in params.choice)
@@ -207,7 +232,7 @@ def _lark(text: str) -> str:
 
     try:
         return any_to_lark(text)
-    except Exception as error:  # noqa: BLE001 - plain ones are what the translator raises
+    except Exception as error:
         raise SamplingParamsError(
             f"structured_outputs.grammar is neither Lark nor GBNF: {short_reason(str(error))}"
         ) from error

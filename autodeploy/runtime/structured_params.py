@@ -33,7 +33,8 @@ class StructuredOutputsParams(
     json: str | dict[str, Any] | None = None
     """A JSON schema; text once constructed."""
     regex: str | None = None
-    """The whole output matches it: syntax of Rust's regex crate, without look-around."""
+    """The whole output matches it: syntax of Rust's regex crate, without look-around; digits are 0
+    to 9."""
     choice: list[str] | None = None
     """The output is one of these."""
     grammar: str | None = None
@@ -140,6 +141,6 @@ def _check_size(kind: str, text: str) -> None:
 
 def _wrong_type(name: str, value: object, wanted: str) -> SamplingParamsError:
     return SamplingParamsError(
-        f"structured_outputs: {name} is {reprlib.repr(value)}, a {type(value).__name__}; it must be "
-        f"{wanted}"
+        f"structured_outputs: {name} is {reprlib.repr(value)}, a {type(value).__name__}; it must "
+        f"be {wanted}"
     )

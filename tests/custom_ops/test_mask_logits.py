@@ -1,4 +1,4 @@
-"""Masks of packed bits: every implementation forbids what the bits forbid, in the rows they name."""
+"""Masks of packed bits: all implementations forbid what the bits forbid, in the rows they name."""
 
 from contextlib import nullcontext
 

@@ -202,24 +202,3 @@ async def test_streams_follow_constraints_and_hear_of_bad_ones(model, tokenizer)
                 pass
         assert engine.open_requests == 0
         assert re.fullmatch("[0-9]{4}x", await one(9))
-
-
-@pytest.mark.parametrize("executor", ["inprocess", "process"])
-def test_the_demo_model_writes_valid_json(executor):
-    schema = {
-        "type": "object", "additionalProperties": False, "required": ["name", "args"],
-        "properties": {"name": {"type": "string", "pattern": "^[a-z_]{1,12}$"},
-                       "args": {"type": "array", "maxItems": 3, "items": {"enum": ["x", "y"]}}},
-    }  # fmt: skip
-    with deploy("examples/demo_model", executor=executor) as engine:
-        params = SamplingParams(max_tokens=120, structured_outputs=Structured(json=schema))
-        calls = [p.clone(seed=n) for n, p in enumerate([params] * 8)]
-        made = [o.outputs[0] for o in engine.generate(["call = "] * 8, calls)]
-        ended = [c.text for c in made if c.finish_reason == "stop"]
-        assert len(ended) >= 6
-        for text in ended:
-            jsonschema.validate(json.loads(text), schema)
-        asked = [{"role": "user", "content": "Add or multiply?"}]
-        choice = Structured(choice=["add", "multiply"])
-        answer = engine.chat(asked, SamplingParams(structured_outputs=choice))[0].outputs[0]
-        assert answer.text in ("add", "multiply")

@@ -117,7 +117,8 @@ def test_a_grammar_is_compiled_once_and_each_request_has_its_own_copy(grammars, 
     assert grammars.find(Structured(regex="abc|abd[0-9]", disable_any_whitespace=True)) is None
 
 
-def test_the_grammar_used_longest_ago_makes_room(monkeypatch, tokenizer):
+def test_the_grammar_used_longest_ago_makes_room(monkeypatch):
+    tokenizer = TOKENIZERS["byte level"]
     monkeypatch.setattr(grammars_module, "KEPT", 2)
     found = Grammars(tokenizer.backend_tokenizer.to_str(), len(tokenizer), [1])
     one, two, three = (Structured(choice=[c]) for c in "abc")
@@ -136,6 +137,12 @@ def test_a_wider_vocabulary_is_fine_and_a_narrower_one_is_refused(tokenizer):
     assert len(wide.compute_bitmask()) * 8 >= len(tokenizer) + 70
     with pytest.raises(SamplingParamsError, match="this tokenizer"):
         grammars_of(tokenizer, len(tokenizer) - 1, [1])
+
+
+def test_a_tokenizer_whose_tokens_are_other_bytes_is_refused():
+    raw = TOKENIZERS["metaspace"].backend_tokenizer.to_str()
+    with pytest.raises(SamplingParamsError, match="decode to is not known"):
+        Grammars(raw, len(TOKENIZERS["metaspace"]), [1])
 
 
 @pytest.mark.parametrize(
