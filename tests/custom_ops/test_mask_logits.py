@@ -9,7 +9,7 @@ import torch
 from autodeploy.custom_ops import gpu
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.sampling import mask_logits
-from autodeploy.custom_ops.sampling.mask_logits import mask_logits_unpacked
+from autodeploy.custom_ops.sampling.mask_logits import mask_logits_table
 from autodeploy.custom_ops.sampling.triton_sampling import mask_in_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +20,7 @@ def in_blocks(logits, bits, rows):
     mask_in_blocks(logits, bits, rows, block=128, num_warps=1)
 
 
-WAYS = {"reference": (mask_logits.reference, DEVICE), "unpacked": (mask_logits_unpacked, "cpu")}
+WAYS = {"reference": (mask_logits.reference, DEVICE), "table": (mask_logits_table, "cpu")}
 if TRITON:
     WAYS["triton"] = (in_blocks, DEVICE)
 
@@ -65,6 +65,6 @@ def test_the_triton_implementation_is_chosen_and_capturable():
     assert (chosen.name, chosen.capturable) == ("triton", True)
 
 
-def test_without_a_gpu_the_bits_are_unpacked():
+def test_without_a_gpu_bytes_are_looked_up():
     if not gpu.interpreted() and DEVICE == "cpu":
-        assert mask_logits.choose(Choice(torch.device("cpu"), {})).name == "unpacked"
+        assert mask_logits.choose(Choice(torch.device("cpu"), {})).name == "table"
