@@ -15,7 +15,7 @@ from torch import Tensor
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.sampling import argmax_rows, sample_rows
 
-from .logits import LogitRules, apply_rules
+from .logits import LogitRules, apply_rules, mask_function
 from .logprobs import logprob_table, read_logprobs
 from .messages import TokenLogprob
 from .random_stream import uniforms
@@ -71,6 +71,9 @@ class DeviceSampler:
         ]
         for row in (logits[:1], logits[:1].float()):
             self._sample(row, *columns, self._argmax(row))
+        words = torch.zeros((1, -(-logits.shape[1] // 32)), dtype=torch.int32, device=self._device)
+        rows = torch.zeros(1, dtype=torch.int64, device=self._device)
+        mask_function(self._device)(logits[:1].to(torch.float32, copy=True), words, rows)
 
     def launch(
         self,

@@ -26,7 +26,7 @@ KEPT = 128
 """Compiled grammars per tokenizer; the one used longest ago makes room."""
 STACK_BYTES = 2**28
 """Of a thread that compiles (reserved, not used): the compiler calls itself once for every rule
-that names another, and 4,000 such calls overflow an ordinary stack, which ends the process."""
+that names another, and 5,000 such calls overflow an ordinary stack, which ends the process."""
 METASPACE = "\u2581"
 """What stands for a space in the vocabularies that SentencePiece makes."""
 SAMPLE = '{ "a key": [12, -3.5e+7, "naïve café"] }\n'

@@ -191,13 +191,16 @@ def apply_rules(logits: Tensor, rules: dict[int, LogitRules]) -> None:
     if constrained:
         every = list(constrained.values())
         bits = send(every[0].table.take(every), logits.device)
-        _mask(logits.device)(logits, bits, on_device([np.array(list(constrained), np.int64)]))
+        mask_function(logits.device)(
+            logits, bits, on_device([np.array(list(constrained), dtype=np.int64)])
+        )
     forbidden = on_device([at * vocab + rule.forbidden() for at, rule in rules.items()])
     flat.index_fill_(0, forbidden, -torch.inf)
 
 
 @cache
-def _mask(device: torch.device) -> Any:
+def mask_function(device: torch.device) -> Any:
+    """The implementation of `mask_logits` for a device."""
     return mask_logits.choose(Choice(device, {})).function
 
 

@@ -16,9 +16,10 @@ import msgspec
 from autodeploy.errors import SamplingParamsError
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
-MAX_CHARACTERS = {"json": 2**18, "regex": 2**14, "choice": 2**18, "grammar": 2**16}
-"""Of a constraint's text. A compiler's time and stack grow with it, for a grammar fastest: 64 KiB
-of rules that each name the next take 5 s and 30 MB of stack."""
+MAX_CHARACTERS = {"json": 2**16, "regex": 2**14, "choice": 2**18, "grammar": 2**16}
+"""Of a constraint's text. An object of 2,100 properties, 64 Ki characters, takes 0.6 s to compile
+and up to 35 ms for a mask, which every request of the step waits for; one of 8,000 takes 14 s and
+0.6 s."""
 
 
 class StructuredOutputsParams(

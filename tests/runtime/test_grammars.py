@@ -89,8 +89,8 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(fields, grammars):
 @pytest.mark.parametrize(
     "grammar",
     [
-        "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"',
-        "start: R0\n" + "".join(f"R{i}: R{i + 1}\n" for i in range(4000)) + 'R4000: "a"',
+        "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "a"',
+        "start: R0\n" + "".join(f"R{i}: R{i + 1}\n" for i in range(5000)) + 'R5000: "a"',
     ],
     ids=["rules", "terminals"],
 )
