@@ -6,6 +6,7 @@ import random
 
 import pytest
 from tiny_models import tiny_model
+from toy_tokenizers import byte_level
 from transformers import AutoConfig
 
 from autodeploy import LLM
@@ -87,11 +88,12 @@ def test_the_steady_span_has_the_steps_and_the_length_asked_for(llm, batch, budg
 
 
 def test_constrained_work_has_the_length_of_free_work():
-    with LLM("examples/demo_model", enable_prefix_caching=False) as demo:
-        work = ragged(3, (4, 6), (9, 12), demo.vocab_size)
+    model = tiny_model("llama", vocab_size=300)
+    with LLM(model, tokenizer=byte_level(), enable_prefix_caching=False) as small:
+        work = ragged(3, (4, 6), (9, 12), small.vocab_size)
         structured = StructuredOutputsParams(json=SCHEMA)
-        assert run_autodeploy(demo, work, structured).output_tokens == work.output_tokens
-        row = measure_structured(demo, work, repeat=2)
+        assert run_autodeploy(small, work, structured).output_tokens == work.output_tokens
+        row = measure_structured(small, work, repeat=2)
     assert row.value > 0
     assert f"{row.details['ratio']:.2f} of without" in row.name
 
