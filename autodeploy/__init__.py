@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import CompletionOutput, RequestOutput
     from .runtime.sampling_params import SamplingParams
+    from .runtime.structured_params import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "LLM": "llm",
     "RequestOutput": "outputs",
     "SamplingParams": "runtime.sampling_params",
+    "StructuredOutputsParams": "runtime.structured_params",
     "deploy": "deployment",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "LLM",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "deploy",
 ]
 

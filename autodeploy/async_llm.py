@@ -31,6 +31,7 @@ from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput, one_by_one
 from .runtime.sampling_params import SamplingParams
+from .structured_check import StructuredCheck
 
 OutputKind = Literal["delta", "cumulative", "final"]
 _log = logging.getLogger("autodeploy")
@@ -83,6 +84,7 @@ class AsyncLLM:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.stats = EngineStats()
+        self._structured = StructuredCheck(tokenizer, self.vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._streams: dict[str, _Stream] = {}
@@ -132,6 +134,7 @@ class AsyncLLM:
             InvalidRequestError: before anything is submitted.
             EngineError: the request failed, or (EngineDeadError) the engine is gone.
         """
+        await self._structured.check_aside(sampling_params)
         stream = self._open(prompt, sampling_params, request_id, output_kind, priority, cache_salt)
         try:
             while True:

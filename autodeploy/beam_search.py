@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import SamplingParamsError
 from .prompts import Prompt
 from .runtime.sampling_params import SamplingParams
+from .runtime.structured_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -31,12 +32,19 @@ class BeamSearchParams:
     ignore_eos: bool = False
     length_penalty: float = 1.0
     """Scores are the sum of log probabilities over length ** length_penalty."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """Only None."""
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise SamplingParamsError(f"{name} must be a positive integer, not {value!r}")
+        if self.structured_outputs is not None:
+            raise SamplingParamsError(
+                "beam search cannot follow structured_outputs: it takes its candidates from the "
+                "model's own distribution; use generate, with n for several outputs"
+            )
         penalty = self.length_penalty
         if not isinstance(penalty, (int, float)) or not abs(penalty) < 1e3:
             raise SamplingParamsError(

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
 from .runtime.engine import EngineConfig, EngineCore
+from .runtime.grammars import Grammars, grammars_of
 from .runtime.scheduler import SchedulerConfig
 from .transforms.recipe import Recipe, load_recipe
 from .warm_start import KeptProgram
@@ -73,6 +75,7 @@ def build_engine(config: DeployConfig) -> EngineCore:
                 graph_sizes=_graph_sizes(config),
                 mixed_graphs=config.cudagraph_mode == "full",
             ),
+            grammars=partial(_grammars, config, runner.contract.vocab_size),
         )
     # Those of a kept program speak of the start that made it.
     engine.summary = {n: f for n, f in summary.items() if not n.endswith(" seconds")}
@@ -85,6 +88,16 @@ def build_engine(config: DeployConfig) -> EngineCore:
     times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.seconds.items())
     _log.info("ready in %.1f s (%s)", phases.total, times)
     return engine
+
+
+def _grammars(config: DeployConfig, vocab_size: int) -> Grammars:
+    """Of the tokenizer and the ends of sequence that the front takes from the same config."""
+    from .generation_defaults import defaults_of
+    from .llm import resolve_tokenizer
+
+    tokenizer = resolve_tokenizer(config)
+    defaults = defaults_of(config.model, tokenizer, config.trust_remote_code)
+    return grammars_of(tokenizer, vocab_size, defaults.eos_token_ids)
 
 
 def _graph_sizes(config: DeployConfig) -> tuple[int, ...] | None:

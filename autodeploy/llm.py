@@ -30,6 +30,7 @@ from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
 from .runtime.sampling_params import SamplingParams
+from .structured_check import StructuredCheck
 
 _log = logging.getLogger("autodeploy")
 _POLL_SECONDS = 0.5
@@ -76,6 +77,7 @@ class LLM:
         self._closed = False
         self.tokenizer = tokenizer
         self.defaults = defaults
+        self._structured = StructuredCheck(tokenizer, self.vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         # Events go to whoever polls, so calls from several threads take turns.
@@ -218,6 +220,7 @@ class LLM:
                     streams=False,
                 )  # fmt: skip
                 refuse_unknown_tokens(own, self.vocab_size)
+                self._structured.check(own)
             active.append(request)
         return active
 

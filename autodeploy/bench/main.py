@@ -22,7 +22,7 @@ _EXAMPLES = """\
 examples:
   autodeploy bench throughput                            # 101 M random Llama, 32 ragged requests
   autodeploy bench throughput --against generate --against generate_batch --threads 2
-  autodeploy bench throughput --model examples/demo_model --requests 64
+  autodeploy bench throughput --model examples/demo_model --requests 64 --structured
   autodeploy bench latency --dummy llama-3.2-1b --batch 1 8 64 256
   autodeploy bench all --dummy llama-3.1-8b --kinds latency prefill throughput --workload a256
   autodeploy bench startup examples/demo_model           # cold, then warm artifact cache
@@ -80,6 +80,10 @@ def _add_kind(parsers: Any, name: str, text: str, kinds: tuple[str, ...]) -> Non
         parser.add_argument(
             "--against", action="append", default=[], choices=("generate", "generate_batch", "hf"),
             help="also run transformers on the same work (repeatable); hf is generate_batch",
+        )  # fmt: skip
+        parser.add_argument(
+            "--structured", action="store_true",
+            help="also run the same work under a JSON schema; needs a checkpoint with a tokenizer",
         )  # fmt: skip
     if "serve" in kinds:
         parser.add_argument("--rate", type=_rate, default=float("inf"), metavar="R",
@@ -185,6 +189,8 @@ def _measure(
         yield prefill.measure(llm, roof, requests, length, args.repeat or 3)
     elif kind == "throughput":
         yield throughput.measure(llm, roof, work, _most(args), args.repeat or 1)
+        if args.structured:
+            yield throughput.measure_structured(llm, work, args.repeat or 3)
     else:
         yield from serve.measure(llm, work, args.rate, args.seed)
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..custom_ops.cost import Cost
 from ..llm import LLM
 from ..runtime.sampling_params import SamplingParams
+from ..runtime.structured_params import StructuredOutputsParams
 from ..transforms.cost import Peaks, workload_floor_seconds
 from .report import Roof, Row
 from .workload import Workload
@@ -33,9 +34,20 @@ class Result:
         return self.output_tokens / self.seconds
 
 
-def run_autodeploy(llm: LLM, work: Workload) -> Result:
-    """All requests submitted at once, greedy, exactly the asked number of tokens each."""
-    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in work.outputs]
+def run_autodeploy(
+    llm: LLM, work: Workload, structured: StructuredOutputsParams | None = None
+) -> Result:
+    """All requests submitted at once, greedy, exactly the asked number of tokens each.
+
+    structured: a constraint, of which no output may reach the end.
+    """
+    free = structured is None
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=n, ignore_eos=free, structured_outputs=structured
+        )
+        for n in work.outputs
+    ]
     started = time.perf_counter()
     outputs = llm.generate([list(p) for p in work.prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - started
@@ -59,6 +71,45 @@ def measure(llm: LLM, roof: Roof, work: Workload, most: int, repeat: int) -> Row
         "runs": [run.tokens_per_second for run in runs],
     }
     return Row("throughput", "autodeploy", rate, "tok/s", roof.floor(floor), details)
+
+
+SCHEMA = {
+    "type": "array",
+    # More than any workload asks for: every output has the length that its request names.
+    "minItems": 4096,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "age": {"type": "integer"},
+            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}},
+            "score": {"type": ["number", "null"]},
+        },
+        "required": ["name", "age", "tags", "score"],
+        "additionalProperties": False,
+    },
+}
+"""What the outputs of `measure_structured` are pieces of."""
+
+
+def measure_structured(llm: LLM, work: Workload, repeat: int) -> Row:
+    """The same work with every request under a JSON schema, in turn with runs without one.
+
+    The row's detail `ratio` is the median of their quotients; the grammar is compiled before.
+    """
+    structured = StructuredOutputsParams(json=SCHEMA)
+    first = SamplingParams(temperature=0.0, max_tokens=1, structured_outputs=structured)
+    llm.generate([work.prompts[0]], first, use_tqdm=False)
+    pairs = [(run_autodeploy(llm, work), run_autodeploy(llm, work, structured))
+             for _ in range(repeat)]  # fmt: skip
+    rate = statistics.median(bound.tokens_per_second for _, bound in pairs)
+    free = [run.tokens_per_second for run, _ in pairs]
+    ratio = statistics.median(
+        bound.tokens_per_second / free.tokens_per_second for free, bound in pairs
+    )
+    details = {"ratio": ratio, "tokens_per_second": rate, "tokens_per_second_without": free}
+    name = f"with a JSON schema ({ratio:.2f} of without)"
+    return Row("throughput", name, rate, "tok/s", None, details)
 
 
 def measure_against(name: str, model: nn.Module, work: Workload) -> Row:

@@ -15,11 +15,11 @@ from torch import Tensor
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.sampling import argmax_rows, sample_rows
 
-from .logits import LogitRules, apply_rules
+from .logits import LogitRules, apply_rules, mask_function
 from .logprobs import logprob_table, read_logprobs
 from .messages import TokenLogprob
 from .random_stream import uniforms
-from .sampling import BROKEN, FORBIDDEN, SampleResult, Sampling
+from .sampling import BROKEN, SampleResult, Sampling
 from .staging import RING, Staging, receive, send
 
 PARAMETERS = {
@@ -71,6 +71,9 @@ class DeviceSampler:
         ]
         for row in (logits[:1], logits[:1].float()):
             self._sample(row, *columns, self._argmax(row))
+        words = torch.zeros((1, -(-logits.shape[1] // 32)), dtype=torch.int32, device=self._device)
+        rows = torch.zeros(1, dtype=torch.int64, device=self._device)
+        mask_function(self._device)(logits[:1].to(torch.float32, copy=True), words, rows)
 
     def launch(
         self,
@@ -117,7 +120,7 @@ class DeviceSampler:
                     found[at] = entry if token_ids[at] >= 0 else None
             bad = np.flatnonzero(token_ids < 0).tolist()
             reasons = {
-                int(rows[at]): FORBIDDEN if at in rules and host[1, at] >= 0 else BROKEN
+                int(rows[at]): rules[at].why_none() if at in rules and host[1, at] >= 0 else BROKEN
                 for at in bad
             }
             return SampleResult(token_ids, found, rows[bad].tolist(), reasons)

@@ -19,17 +19,17 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.contract import Contract
 from autodeploy.errors import (
+    AutodeployError,
     EmptyPromptError,
     EngineError,
     InvalidRequestError,
@@ -40,6 +40,8 @@ from autodeploy.errors import (
 from .batch import StepPlan
 from .caches import plan_caches
 from .device_step import DeviceStep
+from .engine_config import EngineConfig, mixed_sizes_of, overlaps, within_graph
+from .grammar_queue import GrammarQueue, GrammarSource
 from .graphs import default_sizes
 from .host_step import HostStep
 from .memory import memory_for_caches
@@ -51,13 +53,15 @@ from .messages import (
     TokenLogprob,
     TokenOutput,
 )
-from .mixed_graphs import MixedSize, mixed_sizes, useful_tokens
 from .request import RequestState
 from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
-from .scheduler import Scheduler, SchedulerConfig
+from .scheduler import Scheduler
 from .staging import send
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ logger = logging.getLogger(__name__)
 class TokenSampler(Protocol):
     """What the engine needs of a sampler; `sampler.Sampler` is the one."""
 
-    def add(self, row: int, request: EngineRequest) -> None: ...
+    def add(self, row: int, request: EngineRequest, matcher: LLMatcher | None = None) -> None: ...
     def remove(self, row: int) -> None: ...
     def extend(self, rows: np.ndarray, token_ids: np.ndarray) -> None: ...
     def takes_best(self, rows: np.ndarray) -> bool: ...
@@ -83,27 +87,6 @@ class Step(Protocol):
     def best(self, rows: np.ndarray) -> Sampling | None: ...
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How one engine schedules and what its caches may take."""
-
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    kv_cache_memory_bytes: int | None = None
-    """For all caches together; None: what a measured step leaves of the GPU, or a quarter of the
-    free host memory; less if that is enough for max_num_seqs sequences of max_model_len."""
-    gpu_memory_utilization: float = 0.92
-    """Fraction of a GPU's memory that weights, steps and caches may take."""
-    num_pages: int | Mapping[str, int] | None = None
-    """Pages of each cache group, instead of what the memory gives."""
-    overlap: bool | None = None
-    """Plan a step while the one before runs; None: on an accelerator."""
-    graph_sizes: tuple[int, ...] | None = None
-    """Numbers of decoding sequences to capture CUDA graphs for; None: `graphs.default_sizes`."""
-    mixed_graphs: bool = True
-    """Capture steps with prompt tokens too (`mixed_graphs.mixed_sizes`), unless there are to be no
-    graphs at all."""
-
-
 @dataclass
 class _Flight:
     """A step that was launched and whose tokens are not known yet."""
@@ -117,41 +100,9 @@ class _Flight:
     sampling: Sampling | None = None
 
 
+COMPILE_SECONDS = 0.05
+"""Longest that a step without other work waits for a grammar; messages are read in between."""
 EngineOutput = TokenOutput | TokenBatch | RequestFailed
-
-
-def _overlaps(contract: Contract, runner: ModelRunner, config: EngineConfig) -> bool:
-    """Whether steps are planned before the tokens of the last are known.
-
-    Not for models whose next step depends on more than that there is a token.
-    """
-    if runner.needs_requests or contract.lengths is not None:
-        return False
-    return contract.device.type != "cpu" if config.overlap is None else config.overlap
-
-
-def _within(config: SchedulerConfig, contract: Contract) -> SchedulerConfig:
-    """The budget of a step, no larger than the program's graph holds for."""
-    limit = contract.max_tokens
-    if limit is None or config.max_num_batched_tokens <= limit:
-        return config
-    logger.warning(
-        "the model's graph holds for %d tokens in one step: max_num_batched_tokens=%d is lowered "
-        "to that", limit, config.max_num_batched_tokens,
-    )  # fmt: skip
-    return dataclasses.replace(
-        config, max_num_batched_tokens=limit, max_num_seqs=min(config.max_num_seqs, limit)
-    )
-
-
-def _mixed_sizes(
-    config: EngineConfig, scheduler: SchedulerConfig, contract: Contract
-) -> list[MixedSize]:
-    """Steps with prompt tokens to capture; the scheduler's config is the one within all limits."""
-    if not config.mixed_graphs or config.graph_sizes == () or contract.eager:
-        return []
-    tokens = useful_tokens(contract, scheduler.max_num_batched_tokens)
-    return mixed_sizes(tokens, scheduler.max_num_seqs)
 
 
 class EngineCore:
@@ -161,19 +112,25 @@ class EngineCore:
         runner: the model; its caches are allocated here.
         config: budgets.
         sampler: None makes the usual one.
+        grammars: for requests with structured_outputs; called once, by another thread, at the
+            first of them. None refuses them.
 
     Raises:
         ConfigError, OutOfMemoryError: see `caches.plan_caches`.
     """
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, sampler: TokenSampler | None = None
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        sampler: TokenSampler | None = None,
+        grammars: GrammarSource | None = None,
     ) -> None:
         contract = runner.contract
-        scheduler = _within(config.scheduler, contract)
+        scheduler = within_graph(config.scheduler, contract)
         memory = config.kv_cache_memory_bytes
         if memory is None and config.num_pages is None:
-            mixed = _mixed_sizes(config, scheduler, contract)
+            mixed = mixed_sizes_of(config, scheduler, contract)
             memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization, mixed)
         caches = plan_caches(contract, scheduler, memory, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
@@ -188,9 +145,10 @@ class EngineCore:
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)
         self._step = self._make_step(config, caches.num_slots)
-        self._overlaps = _overlaps(contract, runner, config)
+        self._overlaps = overlaps(contract, runner, config)
         self._flight: _Flight | None = None
         self._sampler = sampler or self._make_sampler(caches.num_slots)
+        self._compiling = GrammarQueue(grammars)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
         self._num_rows = 0
@@ -202,20 +160,31 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to compute or to report."""
-        return bool(self._requests or self._outputs or self._flight)
+        return bool(self._requests or self._outputs or self._flight or self._compiling)
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request.
+
+        One whose structured_outputs turn out not to compile fails in a later step.
 
         Raises:
             InvalidRequestError: it cannot be served as written (the subclass says why); nothing
                 has changed.
         """
         self._check(request)
+        matcher = None
+        if request.params.structured_outputs is not None:
+            matcher = self._compiling.matcher(request)
+            if matcher is None:
+                self._compiling.put(request)
+                return
+        self._admit(request, matcher)
+
+    def _admit(self, request: EngineRequest, matcher: LLMatcher | None) -> None:
         row = self._free_rows.pop() if self._free_rows else self._num_rows
         self._num_rows = max(self._num_rows, row + 1)
         try:
-            self._sampler.add(row, request)
+            self._sampler.add(row, request, matcher)
         except InvalidRequestError:
             self._free_rows.append(row)
             raise
@@ -233,21 +202,20 @@ class EngineCore:
         for request_id in request_ids:
             state = self._requests.get(request_id)
             if state is not None:
-                self._stats.aborted += 1
                 self._end(state)
-                self._outputs.append(
-                    TokenOutput(
-                        request_id=request_id,
-                        token_ids=[],
-                        finish_reason="abort",
-                        metrics=state.metrics,
-                    )
-                )
+            elif not self._compiling.drop(request_id):
+                continue
+            self._stats.aborted += 1
+            ended = TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
+            ended.metrics = None if state is None else state.metrics
+            self._outputs.append(ended)
 
     @torch.inference_mode()
     def step(self) -> list[EngineOutput]:
         """Launches the next step, if there is one, and reports what is known by then."""
         started = time.perf_counter()
+        if self._compiling:
+            self._admit_compiled()
         plan = self._scheduler.schedule()
         flight = self._launch(plan) if len(plan) else None
         if self._flight is not None:
@@ -276,10 +244,27 @@ class EngineCore:
         self._outputs.clear()
         del self._runner, self._scheduler, self._step, self._sampler
 
+    def _admit_compiled(self) -> None:
+        """Queues those whose grammars are there; waits a moment if there is nothing else to do."""
+        idle = not (self._requests or self._outputs or self._flight)
+        for request, outcome in self._compiling.take(COMPILE_SECONDS if idle else 0.0):
+            try:
+                if isinstance(outcome, AutodeployError):
+                    raise outcome
+                self._admit(request, outcome)
+            except AutodeployError as error:
+                self._outputs.append(
+                    RequestFailed(
+                        request_id=request.request_id,
+                        error=type(error).__name__,
+                        message=str(error),
+                    )
+                )
+
     def _check(self, request: EngineRequest) -> None:
         tokens = request.prompt_token_ids
         where = f"request '{request.request_id}'"
-        if request.request_id in self._requests:
+        if request.request_id in self._requests or request.request_id in self._compiling:
             raise InvalidRequestError(f"{where} is already running; give every request its own id")
         if not tokens:
             raise EmptyPromptError(f"{where}: the prompt has no tokens; give at least one")
@@ -320,7 +305,7 @@ class EngineCore:
             )
             sizes = ()
         scheduler = self._scheduler.config
-        mixed = _mixed_sizes(config, scheduler, contract) if sizes else []
+        mixed = mixed_sizes_of(config, scheduler, contract) if sizes else []
         step = DeviceStep(self._runner, tables, num_slots, sizes, mixed)
         # What is there now stays: the collector need not look at it again, a million objects of
         # torch and of the graph among them, in the middle of a step.
@@ -506,7 +491,7 @@ class EngineCore:
         stats.step_seconds = seconds
         stats.scheduled_tokens = plan.num_tokens
         stats.running = len(scheduler.running)
-        stats.waiting = scheduler.num_waiting
+        stats.waiting = scheduler.num_waiting + len(self._compiling)
         stats.pages_used = scheduler.tables.used
         stats.prefix_queries = scheduler.prefix_queries
         stats.prefix_hits = scheduler.prefix_hits

@@ -1,10 +1,10 @@
 """What a request changes in its own logits before sampling: penalties, biases, forbidden tokens.
 
 The order is: repetition penalty (prompt and output), presence and frequency penalty (output),
-logit_bias, allowed_token_ids, bad words, min_tokens. Each means what Hugging Face's processor of
-that name means, presence and frequency what OpenAI's API says. A bad word is honoured even if it
-is an end-of-sequence token (Hugging Face drops those), and as soon as the text ends with its
-prefix.
+logit_bias, allowed_token_ids, structured_outputs, bad words, min_tokens. Each means what Hugging
+Face's processor of that name means, presence and frequency what OpenAI's API says. A bad word is
+honoured even if it is an end-of-sequence token (Hugging Face drops those), and as soon as the text
+ends with its prefix.
 
 State per row grows by one token in constant time; a step costs as many numbers as the row has
 distinct tokens, and all rows of a step share one scatter per rule.
@@ -13,14 +13,20 @@ distinct tokens, and all rows of a step share one scatter per rule.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.op import Choice
+from autodeploy.custom_ops.sampling import mask_logits
 from autodeploy.errors import SamplingParamsError, UnknownTokenError
 
+from .constraints import Constraint
 from .messages import EngineRequest
+from .sampling import FORBIDDEN
 from .sampling_params import SamplingParams
 from .staging import send
 
@@ -120,6 +126,8 @@ class LogitRules:
             self.allowed = np.unique(np.array(params.allowed_token_ids, dtype=np.int64))
         self.bad_words = BadWords(params.bad_words_token_ids or [], request.prompt_token_ids)
         self.bad_words_given = bool(params.bad_words_token_ids)
+        self.constraint: Constraint | None = None
+        """Of structured_outputs; whoever samples tells it the tokens."""
         ends = {*request.eos_token_ids, *(params.stop_token_ids or [])}
         self.ends = np.array(sorted(t for t in ends if 0 <= t < vocab_size), dtype=np.int64)
         self.ends_after = params.min_tokens if len(self.ends) else 0
@@ -140,7 +148,14 @@ class LogitRules:
             or len(self.bias_ids)
             or self.allowed is not None
             or self.bad_words_given
+            or self.constraint is not None
         )
+
+    def why_none(self) -> str:
+        """A sentence for a token that cannot be chosen because all are forbidden."""
+        if self.constraint is not None and self.constraint.error is not None:
+            return f"its structured_outputs cannot be followed further: {self.constraint.error}"
+        return FORBIDDEN
 
     def forbidden(self) -> np.ndarray:
         """Tokens that must not come next, int64; `allowed` not counted."""
@@ -172,8 +187,21 @@ def apply_rules(logits: Tensor, rules: dict[int, LogitRules]) -> None:
         allowed_logits = flat[index]
         logits.index_fill_(0, on_device([np.array(list(limited), dtype=np.int64)]), -torch.inf)
         flat[index] = allowed_logits
+    constrained = {at: r.constraint for at, r in rules.items() if r.constraint is not None}
+    if constrained:
+        every = list(constrained.values())
+        bits = send(every[0].table.take(every), logits.device)
+        mask_function(logits.device)(
+            logits, bits, on_device([np.array(list(constrained), dtype=np.int64)])
+        )
     forbidden = on_device([at * vocab + rule.forbidden() for at, rule in rules.items()])
     flat.index_fill_(0, forbidden, -torch.inf)
+
+
+@cache
+def mask_function(device: torch.device) -> Any:
+    """The implementation of `mask_logits` for a device."""
+    return mask_logits.choose(Choice(device, {})).function
 
 
 def _penalise(flat: Tensor, vocab: int, rules: dict[int, LogitRules]) -> None:

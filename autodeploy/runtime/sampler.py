@@ -13,18 +13,23 @@ token in any batch, at any row, before and after preemption.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .constraints import Constraint, MaskTable
 from .device_sampler import DeviceSampler
 from .logits import LogitRules, apply_rules
 from .logprobs import token_logprobs
 from .messages import EngineRequest, TokenLogprob
 from .random_stream import WORD, uniforms
-from .sampling import BROKEN, FORBIDDEN, SampleResult, Sampling
+from .sampling import BROKEN, SampleResult, Sampling
 from .truncation import BLOCK, block_sums, truncate
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 ROW = np.dtype(
     [
@@ -59,13 +64,16 @@ class Sampler:
         self.vocab_size = vocab_size
         self._table = np.zeros(max_num_seqs, dtype=ROW)
         self._rules: dict[int, LogitRules] = {}
+        self._masks: MaskTable | None = None
         self._devices: dict[torch.device, DeviceSampler] = {}
         self._last_rows = b""
         self._last_entries = self._table[:0]
         self._last_best = False
 
-    def add(self, row: int, request: EngineRequest) -> None:
+    def add(self, row: int, request: EngineRequest, matcher: LLMatcher | None = None) -> None:
         """Give `row` to a request that has no output yet.
+
+        matcher: of its structured_outputs, its own, without a token.
 
         Raises:
             InvalidRequestError: its params name tokens outside the vocabulary; the row stays free.
@@ -74,6 +82,9 @@ class Sampler:
         if row < len(self._table) and self._table["live"][row]:
             raise ValueError(f"row {row} has a live request; remove it first")
         rules = LogitRules(request, self.vocab_size)
+        if matcher is not None:
+            self._masks = self._masks or MaskTable(self.vocab_size)
+            rules.constraint = self._masks.add(matcher)
         if row >= len(self._table):
             grown = np.zeros(max(row + 1, 2 * len(self._table)), dtype=ROW)
             grown[: len(self._table)] = self._table
@@ -101,30 +112,35 @@ class Sampler:
         """Free `row`; unknown rows are a ValueError."""
         self._expect_live(row)
         self._table["live"][row] = False
-        self._rules.pop(row, None)
+        rules = self._rules.pop(row, None)
+        if rules is not None and rules.constraint is not None:
+            rules.constraint.table.remove(rules.constraint)
         self._last_rows = b""
 
     def append(self, row: int, token_id: int) -> None:
         """Tell that `token_id` became the next output token of `row`, sampled here or not."""
         self._expect_live(row)
-        self._table["index"][row] += 1
-        self._tell_rules(row, token_id)
+        self.extend(np.array([row]), np.array([token_id]))
 
     def extend(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         """`append` for each of several live rows, at once."""
         self._table["index"][rows] += 1
-        if self._rules:
-            for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
-                self._tell_rules(row, token_id)
-
-    def _tell_rules(self, row: int, token_id: int) -> None:
-        rules = self._rules.get(row)
-        if rules is not None:
+        if not self._rules:
+            return
+        constrained: list[tuple[Constraint, int]] = []
+        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            rules = self._rules.get(row)
+            if rules is None:
+                continue
             rules.append(token_id)
-            if not rules.active:
+            if rules.constraint is not None:
+                constrained.append((rules.constraint, token_id))
+            elif not rules.active:
                 self._table["ruled"][row] = False
                 self._last_rows = b""
                 del self._rules[row]
+        if self._masks is not None and constrained:
+            self._masks.advance(constrained)
 
     def takes_best(self, rows: np.ndarray) -> bool:
         """Whether each of these live rows takes the most likely token and asks for nothing else."""
@@ -146,7 +162,8 @@ class Sampler:
         if logits.device.type != "cpu":
             return self.launch(logits, index).result()
         table = self._entries(logits, index)
-        processed = self._processed(logits, table, index)
+        rules = self._rules_of(table, index)
+        processed = self._processed(logits, rules)
         token_ids = np.full(len(table), -1, dtype=np.int64)
         cold = table["temperature"] == 0.0
         for chosen, pick in ((cold, self._most_likely), (~cold, self._drawn)):
@@ -158,7 +175,7 @@ class Sampler:
             token_ids=token_ids,
             logprobs=self._logprobs(logits, table, token_ids),
             bad_rows=index[bad].tolist(),
-            reasons={int(index[at]): _reason(logits[at], bool(table["ruled"][at])) for at in bad},
+            reasons={int(index[at]): _reason(logits[at], rules.get(at)) for at in bad.tolist()},
         )
 
     @torch.inference_mode()
@@ -193,7 +210,7 @@ class Sampler:
         """
         index = np.asarray(rows, dtype=np.int64)
         table = self._entries(logits, index)
-        processed = self._processed(logits, table, index)
+        processed = self._processed(logits, self._rules_of(table, index))
         probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         for at in range(len(table)):
             row = processed[at : at + 1]
@@ -250,9 +267,9 @@ class Sampler:
         ruled = np.flatnonzero(table["ruled"]).tolist()
         return {at: self._rules[int(rows[at])] for at in ruled}
 
-    def _processed(self, logits: Tensor, table: np.ndarray, rows: np.ndarray) -> Tensor:
+    @staticmethod
+    def _processed(logits: Tensor, rules: dict[int, LogitRules]) -> Tensor:
         """The logits themselves, or in float32 after the rules of the rows that have some."""
-        rules = self._rules_of(table, rows)
         if not rules:
             return logits
         processed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -339,7 +356,7 @@ def _take(values: Tensor, at: np.ndarray) -> Tensor:
     return values[torch.from_numpy(at).to(values.device)]
 
 
-def _reason(logits: Tensor, ruled: bool) -> str:
-    if ruled and bool(logits.float().amax().isfinite()):
-        return FORBIDDEN
+def _reason(logits: Tensor, rules: LogitRules | None) -> str:
+    if rules is not None and bool(logits.float().amax().isfinite()):
+        return rules.why_none()
     return BROKEN

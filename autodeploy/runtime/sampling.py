@@ -11,8 +11,8 @@ from torch import Tensor
 from .messages import TokenLogprob
 
 FORBIDDEN = (
-    "every token is forbidden: allowed_token_ids, bad words and min_tokens leave none; "
-    "relax one of them"
+    "every token is forbidden: allowed_token_ids, structured_outputs, bad words and min_tokens "
+    "leave none; relax one of them"
 )
 BROKEN = "the model's logits are NaN, +inf or all -inf; look for overflow in its computation"
 

@@ -15,6 +15,8 @@ import msgspec
 
 from autodeploy.errors import SamplingParamsError
 
+from .structured_params import StructuredOutputsParams
+
 LARGEST_INT = 2**31 - 1
 MAX_SEQUENCES = 16384
 
@@ -59,6 +61,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
     """None: until the context is full."""
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output's text must match; the output ends when nothing more can follow."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -106,6 +110,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
         self.top_k = max(self.top_k, 0)
         self._normalise_strings()
         self._normalise_token_ids()
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise _wrong_type(
+                "structured_outputs", self.structured_outputs, "a StructuredOutputsParams"
+            )
         self._refuse_contradictions()
 
     def _normalise_strings(self) -> None:
@@ -144,6 +152,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
             raise SamplingParamsError(
                 "stop strings are searched in the text, which detokenize=False leaves out; "
                 "set detokenize=True, or use stop_token_ids"
+            )
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise SamplingParamsError(
+                "structured_outputs ends with an end-of-sequence token, which ignore_eos=True "
+                "would go on after; leave out one of the two"
             )
         if self.allowed_token_ids is None:
             return

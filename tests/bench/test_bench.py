@@ -6,18 +6,21 @@ import random
 
 import pytest
 from tiny_models import tiny_model
+from toy_tokenizers import byte_level
 from transformers import AutoConfig
 
 from autodeploy import LLM
 from autodeploy.bench.latency import decode
 from autodeploy.bench.report import Roof, Row, table
 from autodeploy.bench.shapes import SHAPES, dummy_checkpoint
-from autodeploy.bench.workload import a256
+from autodeploy.bench.throughput import SCHEMA, measure_structured, run_autodeploy
+from autodeploy.bench.workload import a256, ragged
 from autodeploy.cli.main import main
 from autodeploy.errors import ConfigError
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.executor import start_executor
 from autodeploy.runtime.scheduler import SchedulerConfig
+from autodeploy.runtime.structured_params import StructuredOutputsParams
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -82,6 +85,17 @@ def test_the_steady_span_has_the_steps_and_the_length_asked_for(llm, batch, budg
     assert steady.steps == int(steady.steps) >= 12
     assert abs(steady.kv - 30) <= 1 + steady.steps - 12
     assert steady.seconds > 0
+
+
+def test_constrained_work_has_the_length_of_free_work():
+    model = tiny_model("llama", vocab_size=300)
+    with LLM(model, tokenizer=byte_level(), enable_prefix_caching=False) as small:
+        work = ragged(3, (4, 6), (9, 12), small.vocab_size)
+        structured = StructuredOutputsParams(json=SCHEMA)
+        assert run_autodeploy(small, work, structured).output_tokens == work.output_tokens
+        row = measure_structured(small, work, repeat=2)
+    assert row.value > 0
+    assert f"{row.details['ratio']:.2f} of without" in row.name
 
 
 def test_a256_is_drawn_as_it_is_stated():

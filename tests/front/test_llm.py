@@ -143,9 +143,9 @@ def follow(llm, forced, params):
     rows, sample = {}, engine._sampler.sample
     add = engine._sampler.add
 
-    def remember(row, request):
+    def remember(row, request, matcher=None):
         rows[row] = 0
-        add(row, request)
+        add(row, request, matcher)
 
     def sample_forced(logits, index):
         for place, row in enumerate(index):

@@ -36,13 +36,14 @@ def _padded_steps(monkeypatch):
     )
 
 
-def engine_of(groups, num_pages, overlap, on_device):
+def engine_of(groups, num_pages, overlap, on_device, grammars=None, slots=SLOTS):
     runner = ToyRunner(*groups, max_positions=40)
     config = SchedulerConfig(
-        page_size=4, max_num_seqs=SLOTS, max_prefill_chunk=6, max_num_batched_tokens=14
+        page_size=4, max_num_seqs=slots, max_prefill_chunk=6, max_num_batched_tokens=14
     )
     sampler = LateSampler(VOCAB, 1)
-    engine = EngineCore(runner, EngineConfig(config, None, 0.9, num_pages, overlap), sampler)
+    config = EngineConfig(config, None, 0.9, num_pages, overlap)
+    engine = EngineCore(runner, config, sampler, grammars)
     if on_device:
         slots = engine._scheduler.config.max_num_seqs
         engine._step = DeviceStep(runner, engine._scheduler.tables, slots, (1, 3))

@@ -9,6 +9,7 @@ import torch
 from .. import gpu
 from ..op import Choice
 from .argmax_rows import argmax_rows
+from .mask_logits import mask_logits
 from .relay_best import relay_best
 from .sample_rows import sample_rows
 
@@ -118,6 +119,32 @@ def sample_by_search(
         logits, temperature, top_k, top_p, min_p, number, tokens, vocab, logits.stride(0),
         SHIFT=_ZERO_BITS[logits.dtype], BLOCK=block, BLOCKS=_power_of_two(-(-vocab // block)),
         WAYS=ways, STAGES=stages, num_warps=num_warps, **_overlap(),
+    )  # fmt: skip
+
+
+@mask_logits.implement("triton", when=_applies, priority=10, capturable=True)
+def mask_logits_triton(logits: torch.Tensor, bits: torch.Tensor, rows: torch.Tensor) -> None:
+    """As `mask_logits`; bits and rows contiguous, no gaps inside a row of logits."""
+    mask_in_blocks(logits, bits, rows)
+
+
+def mask_in_blocks(
+    logits: torch.Tensor,
+    bits: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    block: int = 4096,
+    num_warps: int = 8,
+) -> None:
+    """`mask_logits`, a program per `block` tokens of a row."""
+    from .mask_kernel import mask_kernel
+
+    if not len(rows):
+        return
+    vocab = logits.shape[1]
+    mask_kernel[(len(rows), -(-vocab // block))](
+        logits, bits, rows, vocab, logits.stride(0), bits.shape[1],
+        BLOCK=block, num_warps=num_warps, **_overlap(),
     )  # fmt: skip
 
 
