@@ -7,13 +7,14 @@ request's text happens there too; the event loop only receives finished pieces.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -91,6 +92,7 @@ class AsyncLLM:
         # Held while streams are opened or forgotten: none may slip in behind the engine's death.
         self._lock = threading.Lock()
         self._dead: AutodeployError | None = None
+        self._death: concurrent.futures.Future[AutodeployError] = concurrent.futures.Future()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="autodeploy", daemon=True)
         self._thread.start()
@@ -108,6 +110,15 @@ class AsyncLLM:
         """Streams that have not ended."""
         return len(self._streams)
 
+    @property
+    def death(self) -> AutodeployError | None:
+        """Why no request can be served any more; None while one can."""
+        return self._dead
+
+    async def died(self) -> AutodeployError:
+        """Waits until the engine is gone, by itself or by `shutdown`; returns why."""
+        return await asyncio.shield(asyncio.wrap_future(self._death))
+
     async def generate(
         self,
         prompt: Any,
@@ -117,7 +128,7 @@ class AsyncLLM:
         output_kind: OutputKind = "delta",
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Streams one prompt's outputs.
 
         output_kind: delta gives what is new, cumulative everything so far, final only the end.
@@ -323,6 +334,8 @@ class AsyncLLM:
             streams = list(self._streams.values())
         for stream in streams:
             self._end_with(stream, error)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self._death.set_result(error)
 
 
 def _shut_down() -> EngineDeadError:
