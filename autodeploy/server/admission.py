@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import ApiError, invalid
 
+_log = logging.getLogger("autodeploy")
 _RETRY_SECONDS = "1"
 
 
@@ -68,10 +70,12 @@ class Admission:
         Returns whether all ended by themselves.
         """
         self.draining = True
+        _log.info("no new requests; %d sequences are open", self.open)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
             return True
         except TimeoutError:
+            _log.warning("ended %d sequences after %g seconds", self.open, timeout)
             self.ended.set()
             return False
 

@@ -71,7 +71,7 @@ def _add_gates(app: FastAPI, config: ServerConfig) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     async def on_error(request: Request, error: Exception) -> Response:
         problem = as_api_error(error)
-        if problem.status >= 500:
+        if problem.status == 500:
             name = request.scope.get("state", {}).get("request_id")
             known = isinstance(error, (ApiError, AutodeployError))
             _log.error("request %s failed: %s", name, error, exc_info=None if known else error)

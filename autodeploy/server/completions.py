@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from ..detokenizer import decode
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from ..prompts import Prompt
 from .answers import event
@@ -57,6 +58,8 @@ class _Call:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
         self.params = constrained(params, request.response_format)
+        special = getattr(self.llm.tokenizer, "all_special_ids", ())
+        self.silent = frozenset(special if self.params.skip_special_tokens else ())
 
     async def answer(self) -> Completion:
         with self.service.admission.sequences(self._sequences()):
@@ -128,7 +131,12 @@ class _Call:
             return prompt
         if self.llm.tokenizer is None:
             raise invalid("echo shows text, and this server has no tokenizer", "echo")
-        return Prompt(self.llm.tokenizer.decode(prompt.token_ids), prompt.token_ids)
+        text = decode(
+            self.llm.tokenizer,
+            prompt.token_ids,
+            skip_special_tokens=self.params.skip_special_tokens,
+        )
+        return Prompt(text, prompt.token_ids)
 
 
 class _Writer:
@@ -151,6 +159,7 @@ class _Writer:
     def choice(
         self, number: int, output: RequestOutput, part: CompletionOutput
     ) -> CompletionChoice:
+        """What `part` adds to choice `number`."""
         request = self._call.request
         choice = CompletionChoice(
             index=number,
@@ -161,10 +170,9 @@ class _Writer:
         )
         if request.logprobs is not None:
             ids, entries = self._logprobs(output, part)
-            choice.logprobs = completion_logprobs(
-                ids, entries, self._offset, self._call.llm.tokenizer
+            choice.logprobs, self._offset = completion_logprobs(
+                ids, entries, self._offset, self._call.llm.tokenizer, self._call.silent
             )
-            self._offset += sum(map(len, choice.logprobs.tokens))
         if request.return_token_ids:
             choice.token_ids = [] if self._call.drops_output else part.token_ids
             if self._is_first:

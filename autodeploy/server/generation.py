@@ -81,7 +81,7 @@ class Generation:
 
     def _one(self, index: int, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
         return self.llm.generate(
-            self.prompts[index],
+            [self.prompts[index]],
             self.params,
             f"{self.name}-{index}",
             output_kind=kind,

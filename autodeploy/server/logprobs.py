@@ -31,11 +31,16 @@ def chat_logprobs(entries: list[dict[int, Logprob]] | None, top: int) -> ChatLog
 
 
 def completion_logprobs(
-    token_ids: list[int], entries: list[dict[int, Logprob] | None], offset: int, tokenizer: Any
-) -> CompletionLogprobs:
-    """Parallel lists for `token_ids`; `offset`: characters of the choice's text before them.
+    token_ids: list[int],
+    entries: list[dict[int, Logprob] | None],
+    offset: int,
+    tokenizer: Any,
+    silent: frozenset[int] = frozenset(),
+) -> tuple[CompletionLogprobs, int]:
+    """Parallel lists for `token_ids`, and the offset of what follows.
 
-    The first token of a prompt has no entry: nothing predicts it.
+    offset: characters of the choice's text before them. silent: tokens the text leaves out. The
+    first token of a prompt has no entry: nothing predicts it.
     """
     tokens: list[str] = []
     values: list[float | None] = []
@@ -46,12 +51,13 @@ def completion_logprobs(
         text = decode(tokenizer, [token_id]) if own is None else _text(own)
         tokens.append(text)
         offsets.append(offset)
-        offset += len(text)
+        offset += 0 if token_id in silent else len(text)
         values.append(None if own is None else _finite(own.logprob))
         tops.append(None if entry is None else _by_text(entry))
-    return CompletionLogprobs(
+    made = CompletionLogprobs(
         tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets
     )
+    return made, offset
 
 
 def prompt_logprobs(

@@ -7,7 +7,6 @@ that /ready can say that nothing more should come.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 from types import FrameType
@@ -19,7 +18,6 @@ from ..errors import ConfigError
 from .config import ServerConfig
 from .service import Service
 
-_log = logging.getLogger("autodeploy")
 # After the last stream has ended: for answers that are being written.
 _CLOSING_SECONDS = 3
 
@@ -32,7 +30,7 @@ def serve(app: FastAPI, config: ServerConfig) -> int:
     """
     service: Service = app.state.service
     with _listening(config) as listener:
-        server = _Server(_uvicorn_config(app, config), service)
+        server = Server(_uvicorn_config(app, config), service)
         scheme = "https" if config.ssl_certfile else "http"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -80,7 +78,7 @@ def _listening(config: ServerConfig) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server, with our way to stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -109,9 +107,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         admission = self._service.admission
-        _log.info("stopping; %d sequences are open", admission.open)
-        if not await admission.drain(self._service.config.shutdown_timeout):
-            _log.warning("ended what was open after the shutdown timeout")
+        await admission.drain(self._service.config.shutdown_timeout)
         self.should_exit = True
 
     def _engine_is_gone(self) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
+from ..detokenizer import decode
 from ..errors import UnknownTokenError
 from .errors import invalid
 from .prompt_input import chat_prompt, completion_prompts
@@ -61,4 +62,4 @@ async def detokenize(
             raise UnknownTokenError(
                 f"token id {token} is outside the vocabulary; use 0 to {llm.vocab_size - 1}"
             )
-    return Detokenized(prompt=llm.tokenizer.decode(request.tokens))
+    return Detokenized(prompt=decode(llm.tokenizer, request.tokens))
