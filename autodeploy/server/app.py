@@ -21,7 +21,7 @@ from .admission import Admission
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError, as_api_error, invalid
-from .gates import ApiKeys, BodyLimit, RequestIds, error_response
+from .gates import ApiKeys, BodyLimit, RequestIds, RootPath, error_response
 from .service import Service
 
 _log = logging.getLogger("autodeploy")
@@ -42,9 +42,8 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(
-        title="autodeploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        root_path=config.root_path,
-    )  # fmt: skip
+        title="autodeploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.service = Service(
         config, host, Admission(config.max_open_sequences), model, int(time.time())
     )
@@ -65,6 +64,8 @@ def _add_gates(app: FastAPI, config: ServerConfig) -> None:
             CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"],
             allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"],
         )  # fmt: skip
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
     app.add_middleware(RequestIds)
 
 

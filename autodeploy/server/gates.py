@@ -1,4 +1,4 @@
-"""What every request passes before an endpoint sees it: its id, its key, and its size.
+"""What every request passes before an endpoint sees it: its id, path, key and size.
 
 Plain ASGI: Starlette's BaseHTTPMiddleware would hide from endpoints that a client has left.
 """
@@ -50,6 +50,22 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class RootPath:
+    """Takes requests under a path of a proxy, whether the proxy strips it or not."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            if not f"{path}/".startswith(f"{self._root_path}/"):
+                path = self._root_path + path
+            scope = {**scope, "root_path": self._root_path, "path": path}
+        await self._app(scope, receive, send)
 
 
 class ApiKeys:

@@ -29,6 +29,8 @@ async def completion_prompts(
         ApiError: there are too many, or one is longer than this server takes.
     """
     items = [prompt] if isinstance(prompt, str) or _is_flat(prompt) else prompt
+    if not items:
+        raise invalid("prompt is an empty list; give at least one prompt", "prompt")
     if len(items) > config.max_prompts:
         raise invalid(
             f"prompt has {len(items)} prompts; this server takes {config.max_prompts} at a time",

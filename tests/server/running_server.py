@@ -54,8 +54,9 @@ class RunningServer:
 
     def close(self):
         self.client.close()
-        self.service.admission.ended.set()
-        self.stop()
+        if self._thread.is_alive():
+            self.service.admission.ended.set()
+            self.stop()
         self.join()
 
     def pages_used(self):
