@@ -77,14 +77,16 @@ def run(args: argparse.Namespace) -> int:
     from ..async_llm import AsyncLLM
     from ..server.app import build_app
     from ..server.engine_host import EngineHost
-    from ..server.serving import serve
+    from ..server.serving import bound_socket, serve
 
     def build() -> AsyncLLM:
         return AsyncLLM(settings.model, **settings.deploy)
 
-    restarts = settings.server.on_engine_death == "restart"
-    host = EngineHost(build(), build if restarts else None)
-    return serve(build_app(settings.server, host, settings.model), settings.server)
+    with bound_socket(settings.server) as listener:
+        restarts = settings.server.on_engine_death == "restart"
+        host = EngineHost(build(), build if restarts else None)
+        app = build_app(settings.server, host, settings.model)
+        return serve(app, settings.server, listener)
 
 
 def read_settings(args: argparse.Namespace) -> Any:

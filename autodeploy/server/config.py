@@ -7,6 +7,7 @@ is what both say about it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import ConfigError
 
@@ -88,6 +89,11 @@ class ServerConfig:
             raise ConfigError("an api_key is empty or not ASCII; no header could carry it")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("ssl_keyfile needs ssl_certfile, the certificate that goes with it")
+
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{name}='{path}' is not a file")
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:

@@ -22,24 +22,28 @@ from .service import Service
 _CLOSING_SECONDS = 3
 
 
-def serve(app: FastAPI, config: ServerConfig) -> int:
+def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> int:
     """Serves until told to stop; the exit status: 0, or 1 if the engine died.
 
     Raises:
-        ConfigError: the address cannot be listened on, or a certificate cannot be read.
+        ConfigError: a certificate cannot be read.
     """
     service: Service = app.state.service
-    with _listening(config) as listener:
-        server = Server(_uvicorn_config(app, config), service)
-        scheme = "https" if config.ssl_certfile else "http"
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(service.model_names)} on {scheme}://{shown}:{port}", flush=True)
-        server.run([listener])
+    server = Server(uvicorn_config(app, config), service)
+    scheme = "https" if config.ssl_certfile else "http"
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {', '.join(service.model_names)} on {scheme}://{shown}:{port}", flush=True)
+    server.run([listener])
     return server.status
 
 
-def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's settings, with certificates read.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
     made = uvicorn.Config(
         app,
         log_config=None,
@@ -63,7 +67,12 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     return made
 
 
-def _listening(config: ServerConfig) -> socket.socket:
+def bound_socket(config: ServerConfig) -> socket.socket:
+    """The address, taken but not listened on: before a model is loaded for nothing.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

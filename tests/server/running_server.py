@@ -1,4 +1,4 @@
-"""A server of the demo model in a thread of this process: real sockets, an engine one can look at."""
+"""A server of the demo model in a thread of this process, with an engine one can look at."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from autodeploy.runtime.executor import InProcessExecutor
 from autodeploy.server.app import build_app
 from autodeploy.server.config import ServerConfig
 from autodeploy.server.engine_host import EngineHost
-from autodeploy.server.serving import Server, _listening, _uvicorn_config
+from autodeploy.server.serving import Server, bound_socket, uvicorn_config
 
 DEMO = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
 
@@ -33,9 +33,9 @@ class RunningServer:
         self.host = EngineHost(engine or demo_engine(), build)
         self.app = build_app(config, self.host, DEMO)
         self.service = self.app.state.service
-        listener = _listening(config)
+        listener = bound_socket(config)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.server = Server(_uvicorn_config(self.app, config), self.service)
+        self.server = Server(uvicorn_config(self.app, config), self.service)
         self._thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self._thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=30)

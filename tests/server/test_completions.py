@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts of every form, whole and streamed, with all that can be asked for."""
+"""POST /v1/completions: prompts of every form, whole and streamed, with all there is to ask."""
 
 import json
 
@@ -130,7 +130,9 @@ def test_a_stop_string_ends_the_text_and_is_named(server):
 
 def test_the_same_seed_gives_the_same_text(server):
     texts = {
-        complete(server, prompt="import", temperature=1, seed=s, max_tokens=12)["choices"][0]["text"]
+        complete(server, prompt="import", temperature=1, seed=s, max_tokens=12)["choices"][0][
+            "text"
+        ]
         for s in (1, 1, 2, 3)
     }
     assert len(texts) in (2, 3)

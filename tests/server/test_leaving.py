@@ -115,6 +115,19 @@ def test_what_is_open_after_the_shutdown_timeout_ends_with_an_error(own):
     running.join()
 
 
+def test_a_second_signal_does_not_wait(own):
+    running = own(shutdown_timeout=1000)
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.stop()
+        eventually(lambda: running.service.admission.draining)
+        running.stop()
+        assert error_of([line for line in lines if line])["code"] == "shutting_down"
+    running.join()
+    assert running.server.status == 0
+
+
 def die(running):
     def broken():
         raise RuntimeError("the device fell off")

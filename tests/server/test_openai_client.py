@@ -64,9 +64,7 @@ def test_logprobs_stop_n_and_seed(client):
     again = client.chat.completions.create(
         messages=MESSAGES, model="demo", temperature=1, seed=1, n=2, max_tokens=6
     )
-    assert [c.message.content for c in answer.choices] == [
-        c.message.content for c in again.choices
-    ]
+    assert [c.message.content for c in answer.choices] == [c.message.content for c in again.choices]
     assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
     texts = client.completions.create(prompt="import", logprobs=3, **GREEDY).choices[0].logprobs
     assert len(texts.tokens) == len(texts.token_logprobs) == 10

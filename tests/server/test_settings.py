@@ -1,6 +1,7 @@
 """Where settings of `autodeploy serve` come from, and which of them wins."""
 
 import json
+import socket
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_keys_come_from_the_environment_unless_given(monkeypatch):
         (["m", "--on-engine-death", "cry"], "exit or restart"),
         (["m", "--root-path", "a"], "root_path"),
         (["m", "--ssl-keyfile", "a"], "ssl_certfile"),
+        (["m", "--ssl-certfile", "/nowhere.pem"], "not a file"),
         (["m", "--request-timeout", "0"], "request_timeout"),
         (["m", "--set", "max_num_seqs=0"], "max_num_seqs"),
         (["m", "--config", "/nowhere.yaml"], "cannot be read"),
@@ -71,6 +73,17 @@ def test_a_wrong_setting_is_named_before_anything_is_loaded(words, message, caps
         settings(*words)
     assert main(["serve", *words]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "no-such-model", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"port {port}" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["- a", "a: [", "prot: 1", "port: a", "api_key: one"])
