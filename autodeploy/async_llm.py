@@ -14,7 +14,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from .outputs import RequestOutput
 from .prompts import check_prompt, params_for_each, read_prompts
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
-from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput, one_by_one
+from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
 from .runtime.sampling_params import SamplingParams
 
 OutputKind = Literal["delta", "cumulative", "final"]
@@ -229,6 +229,7 @@ class AsyncLLM:
             # The engine may still report the end of an earlier request of the same name.
             engine_id=f"{number}/{name}",
             seed=self._seeds.getrandbits(63), priority=priority, cache_salt=salt,
+            streams=kind != "final",
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
         stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())
@@ -280,7 +281,7 @@ class AsyncLLM:
     def _take(self, events: list[Any]) -> None:
         stopped: list[str] = []
         touched: dict[int, _Stream] = {}
-        for event in one_by_one(events):
+        for event in self._after_unread(events):
             if isinstance(event, EngineDied):
                 self._die(dead_error(event))
                 return
@@ -298,6 +299,22 @@ class AsyncLLM:
             self._executor.abort(stopped)
         for stream in touched.values():
             self._publish(stream)
+
+    def _after_unread(self, events: list[Any]) -> Iterator[Any]:
+        """The events, without tokens that nobody reads before their request ends: those are kept.
+
+        Making text of them one by one costs more than all else that is done for a token here.
+        """
+        for event in events:
+            if not isinstance(event, TokenBatch):
+                yield event
+                continue
+            for request_id, token_id in zip(event.request_ids, event.token_ids, strict=True):
+                stream, index = self._children.get(request_id, (None, 0))
+                if stream is not None and stream.active.defers_text:
+                    stream.active.add_tokens(index, (token_id,))
+                elif stream is not None:
+                    yield TokenOutput(request_id=request_id, token_ids=[token_id])
 
     def _publish(self, stream: _Stream) -> None:
         active = stream.active
