@@ -81,15 +81,20 @@ class StreamAnswer(Response):
             async with asyncio.timeout(_PARTING_SECONDS):
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
+    async def _start(self, send: Send) -> None:
+        """Sends status and headers, once."""
+        if not self._started:
+            self._started = True
+            await send(
+                {
+                    "type": "http.response.start", "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )  # fmt: skip
+
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             async for data in events:
-                if not self._started:
-                    self._started = True
-                    await send(
-                        {
-                            "type": "http.response.start", "status": self.status_code,
-                            "headers": self.raw_headers,
-                        }
-                    )  # fmt: skip
+                await self._start(send)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._start(send)  # of a stream without events
