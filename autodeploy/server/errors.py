@@ -32,10 +32,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        # A message may quote the request, which may hold half of a surrogate pair.
+        super().__init__(message.encode(errors="backslashreplace").decode())
         self.status = status
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-        self.param = param
+        self.param = param and param.encode(errors="backslashreplace").decode()
         self.code = code
         self.headers = dict(headers or {})
 

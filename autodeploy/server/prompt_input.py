@@ -92,6 +92,8 @@ def _readable(message: dict[str, Any], index: int) -> dict[str, Any]:
         raise invalid(f"{where} has no role; give 'user', 'assistant', 'system' or 'tool'", where)
     read = {**message, "content": _text(message.get("content"), where)}
     calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise invalid(f"{where}.tool_calls must be a list", f"{where}.tool_calls")
     if calls:
         read["tool_calls"] = [_readable_call(call, where) for call in calls]
     return read

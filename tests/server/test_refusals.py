@@ -10,6 +10,7 @@ from autodeploy.server.errors import ANSWERS, as_api_error
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+JSON = {"content-type": "application/json"}
 ASKED = {"messages": [{"role": "user", "content": "a"}]}
 
 
@@ -59,6 +60,11 @@ def test_every_error_of_the_tree_has_its_answer():
         (CHAT, {"messages": [{"content": "a"}]}, "messages[0]"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": 3}]}, "messages[0].tool_calls"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": [3]}]}, "messages[0].tool_calls"),
+        (CHAT, {**ASKED, "chat_template_kwargs": {"tokenize": True}}, None),
+        (CHAT, {**ASKED, "chat_template_kwargs": {"tools": 3}}, None),
+        (CHAT, {**ASKED, "\ud800": 3}, None),
         (CHAT, {}, "messages"),
         (TEXT, {}, "prompt"),
         (TEXT, {"prompt": []}, "prompt"),
@@ -84,15 +90,13 @@ def test_what_cannot_be_served_is_a_400(server, path, fields, param, stream):
     body = {**fields, "stream": True} if stream and path.startswith("/v1") else fields
     if "stream_options" in fields:
         body = fields
-    response = server.client.post(
-        path, content=json.dumps(body), headers={"content-type": "application/json"}
-    )
+    response = server.client.post(path, content=json.dumps(body), headers=JSON)
     refused(response, 400, param=param, type="invalid_request_error")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b'{"prompt": NaN}'])
 def test_a_body_that_is_no_request_is_a_400(server, body):
-    response = server.client.post(TEXT, content=body, headers={"content-type": "application/json"})
+    response = server.client.post(TEXT, content=body, headers=JSON)
     refused(response, 400)
 
 
@@ -108,6 +112,8 @@ def test_other_paths_methods_and_models(server):
     refused(server.client.get("/nothing"), 404)
     refused(server.client.get(TEXT), 405)
     refused(server.post(TEXT, model="other", prompt="a"), 404, code="model_not_found")
+    half = b'{"model": "\\ud800", "prompt": "a"}'
+    refused(server.client.post(TEXT, content=half, headers=JSON), 404, code="model_not_found")
     refused(server.client.get("/v1/models/other"), 404, code="model_not_found")
 
 
