@@ -79,8 +79,9 @@ class EngineHost:
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
             try:
                 self.llm = await asyncio.to_thread(build)
-            except (AutodeployError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, nobody else would try again
                 _log.error("the engine could not be started again: %s", error)
+                _log.debug("while starting the engine", exc_info=error)
                 continue
             self.restarts += 1
             _log.warning("the engine is back, after %d restarts in all", self.restarts)

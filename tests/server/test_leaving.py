@@ -7,6 +7,8 @@ import httpx
 import pytest
 from running_server import RunningServer, demo_engine, eventually
 
+from autodeploy.errors import ConfigError
+
 TEXT = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
 
@@ -152,9 +154,12 @@ def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
 
 def test_an_engine_that_dies_is_started_again_if_that_is_the_policy(own):
     may_build = threading.Event()
+    failures = [RuntimeError("no device"), ConfigError("no memory")]
 
     def build():
         may_build.wait(10)
+        if failures:
+            raise failures.pop()
         return demo_engine()
 
     running = own(build=build)
