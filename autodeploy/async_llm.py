@@ -7,13 +7,14 @@ request's text happens there too; the event loop only receives finished pieces.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from .outputs import RequestOutput
 from .prompts import check_prompt, params_for_each, read_prompts
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
-from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenOutput, one_by_one
+from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
 from .runtime.sampling_params import SamplingParams
 from .structured_check import StructuredCheck
 
@@ -93,6 +94,7 @@ class AsyncLLM:
         # Held while streams are opened or forgotten: none may slip in behind the engine's death.
         self._lock = threading.Lock()
         self._dead: AutodeployError | None = None
+        self._death: concurrent.futures.Future[AutodeployError] = concurrent.futures.Future()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="autodeploy", daemon=True)
         self._thread.start()
@@ -115,6 +117,15 @@ class AsyncLLM:
         """Streams that have not ended."""
         return len(self._streams)
 
+    @property
+    def death(self) -> AutodeployError | None:
+        """Why no request can be served any more; None while one can."""
+        return self._dead
+
+    async def died(self) -> AutodeployError:
+        """Waits until the engine is gone, by itself or by `shutdown`; returns why."""
+        return await asyncio.shield(asyncio.wrap_future(self._death))
+
     async def generate(
         self,
         prompt: Any,
@@ -124,7 +135,7 @@ class AsyncLLM:
         output_kind: OutputKind = "delta",
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Streams one prompt's outputs.
 
         output_kind: delta gives what is new, cumulative everything so far, final only the end.
@@ -226,6 +237,7 @@ class AsyncLLM:
             # The engine may still report the end of an earlier request of the same name.
             engine_id=f"{number}/{name}",
             seed=self._seeds.getrandbits(63), priority=priority, cache_salt=salt,
+            streams=kind != "final",
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
         stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())
@@ -277,7 +289,7 @@ class AsyncLLM:
     def _take(self, events: list[Any]) -> None:
         stopped: list[str] = []
         touched: dict[int, _Stream] = {}
-        for event in one_by_one(events):
+        for event in self._after_unread(events):
             if isinstance(event, EngineDied):
                 self._die(dead_error(event))
                 return
@@ -295,6 +307,22 @@ class AsyncLLM:
             self._executor.abort(stopped)
         for stream in touched.values():
             self._publish(stream)
+
+    def _after_unread(self, events: list[Any]) -> Iterator[Any]:
+        """The events, without tokens that nobody reads before their request ends: those are kept.
+
+        Making text of them one by one costs more than all else that is done for a token here.
+        """
+        for event in events:
+            if not isinstance(event, TokenBatch):
+                yield event
+                continue
+            for request_id, token_id in zip(event.request_ids, event.token_ids, strict=True):
+                stream, index = self._children.get(request_id, (None, 0))
+                if stream is not None and stream.active.defers_text:
+                    stream.active.add_tokens(index, (token_id,))
+                elif stream is not None:
+                    yield TokenOutput(request_id=request_id, token_ids=[token_id])
 
     def _publish(self, stream: _Stream) -> None:
         active = stream.active
@@ -331,6 +359,8 @@ class AsyncLLM:
             streams = list(self._streams.values())
         for stream in streams:
             self._end_with(stream, error)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self._death.set_result(error)
 
 
 def _shut_down() -> EngineDeadError:

@@ -16,11 +16,12 @@ from .. import __version__
 from ..bench import main as bench
 from ..errors import AutodeployError
 from ..zoo import main as zoo
-from . import env, generate, recipe
+from . import env, generate, recipe, serve
 
 _EXAMPLES = """\
 examples:
   autodeploy generate examples/demo_model --prompt "def fib(n):" --max-tokens 64
+  autodeploy serve examples/demo_model --port 8000
   autodeploy recipe show default
   autodeploy zoo --model examples/demo_model
   autodeploy bench throughput --against generate
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     root.add_argument("-v", "--verbose", action="store_true", help="log what is being done")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, recipe, zoo, env, bench):
+    for module in (generate, serve, recipe, zoo, env, bench):
         module.add_parser(commands)
     return root
 

@@ -29,11 +29,16 @@ def read_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
         step, dot, option = place.partition(".")
         if not (equals and dot and step and option):
             raise ConfigError(f"--set takes STEP.OPTION=VALUE, not '{change}'")
-        overrides.setdefault(step, {})[option] = _yaml_value(change, value)
+        overrides.setdefault(step, {})[option] = yaml_value(change, value)
     return overrides
 
 
-def _yaml_value(change: str, text: str) -> Any:
+def yaml_value(change: str, text: str) -> Any:
+    """The value of a `--set` word.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
     # omegaconf brings PyYAML with it, and reads recipe files by it.
     import yaml
     from omegaconf import OmegaConf

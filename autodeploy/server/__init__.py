@@ -1,1 +1,4 @@
-"""The HTTP server: OpenAI's endpoints over an AsyncLLM."""
+"""The HTTP server: OpenAI's endpoints over an AsyncLLM.
+
+Nothing is imported here: the command line reads `config` without FastAPI installed.
+"""

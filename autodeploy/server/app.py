@@ -1,0 +1,122 @@
+"""The application: endpoints, one file each, behind the gates every request passes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from .. import __version__
+from ..errors import AutodeployError
+from . import chat, completions, health, models, tokens
+from .admission import Admission
+from .config import ServerConfig
+from .engine_host import EngineHost
+from .errors import ApiError, as_api_error, invalid
+from .gates import ApiKeys, BodyLimit, RequestIds, RootPath, error_response
+from .service import Service
+
+_log = logging.getLogger("autodeploy")
+ENDPOINTS = (completions, chat, models, tokens, health)
+
+
+def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
+    """An ASGI application over an engine that runs; its end is the engine's end.
+
+    model: what was deployed; its name, unless the config has others.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        host.start()
+        yield
+        await host.stop()
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(
+        title="autodeploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.service = Service(
+        config, host, Admission(config.max_open_sequences), model, int(time.time())
+    )
+    for endpoint in ENDPOINTS:
+        app.include_router(endpoint.router)
+    _add_error_handlers(app)
+    _add_gates(app, config)
+    return app
+
+
+def _add_gates(app: FastAPI, config: ServerConfig) -> None:
+    """The last one added is the first one passed."""
+    app.add_middleware(BodyLimit, limit=config.max_request_bytes)
+    if config.api_key:
+        app.add_middleware(ApiKeys, keys=config.api_key, root_path=config.root_path)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"],
+            allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"],
+        )  # fmt: skip
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
+    app.add_middleware(RequestIds)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def on_error(request: Request, error: Exception) -> Response:
+        problem = as_api_error(error)
+        if problem.status == 500:
+            name = request.scope.get("state", {}).get("request_id")
+            known = isinstance(error, (ApiError, AutodeployError))
+            _log.error("request %s failed: %s", name, error, exc_info=None if known else error)
+        return error_response(problem)
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_of_validation(error.errors()))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(
+            ApiError(error.status_code, _sentence(request, error), headers=error.headers)
+        )
+
+    app.add_exception_handler(ApiError, on_error)
+    app.add_exception_handler(AutodeployError, on_error)
+    app.add_exception_handler(Exception, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+
+
+def _sentence(request: Request, error: HTTPException) -> str:
+    if error.status_code == 404:
+        return f"there is no {request.method} {request.url.path} here"
+    if error.status_code == 405:
+        return f"{request.url.path} does not take {request.method}"
+    return str(error.detail)
+
+
+def _of_validation(problems: Sequence[Any]) -> ApiError:
+    """One error for what pydantic found, as OpenAI words it: the first unknown field, or field."""
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    first = (unknown or problems)[0]
+    place = [str(step) for step in first["loc"] if step != "body"]
+    param = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        return invalid(
+            f"Unrecognized request argument supplied: {param}", param, "unknown_parameter"
+        )
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return invalid(f"the body of the request is not JSON: {reason}")
+    # Of a union each alternative complains, under a name of its own; the field is what matters.
+    field = place[0] if place else None
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+    return invalid(f"{param or 'the body'}: {first['msg']}", field, code)

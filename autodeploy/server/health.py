@@ -1,0 +1,41 @@
+"""GET /health, /ready and /version: what probes and load balancers ask, without a key.
+
+/health: whether the engine lives; restart what says no. /ready: whether requests should come here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse
+
+from .. import __version__
+from .service import Service, service_of
+
+router = APIRouter()
+
+
+@router.get("/health", response_model=None)
+async def health(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
+    """200 while the engine lives, else 503."""
+    death = service.host.death
+    if death is not None:
+        return JSONResponse({"status": "dead", "reason": str(death)}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", response_model=None)
+async def ready(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
+    """200 while new requests are taken, else 503."""
+    if service.admission.draining:
+        return JSONResponse({"status": "shutting down"}, 503)
+    if service.host.death is not None:
+        return JSONResponse({"status": "no engine"}, 503)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of autodeploy."""
+    return {"version": __version__}

@@ -1,0 +1,163 @@
+"""Prompts and conversations of requests become token ids, long ones beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..async_llm import AsyncLLM
+from ..chat import chat_prompts
+from ..prompts import Prompt, check_prompt, read_prompts
+from .config import ServerConfig
+from .errors import ApiError, invalid
+
+T = TypeVar("T")
+# Some milliseconds of tokenizing, which would be a stall of every stream.
+_LONG_CHARACTERS = 20_000
+_TEXT_PARTS = ("text", "refusal", "input_text", "output_text")
+
+
+async def completion_prompts(
+    llm: AsyncLLM, prompt: Any, config: ServerConfig, add_special_tokens: bool | None = None
+) -> list[Prompt]:
+    """The prompts of a request: one text, one list of token ids, or a list of either.
+
+    Raises:
+        InvalidRequestError: one of them cannot be served.
+        ApiError: there are too many, or one is longer than this server takes.
+    """
+    items = [prompt] if isinstance(prompt, str) or _is_flat(prompt) else prompt
+    if not items:
+        raise invalid("prompt is an empty list; give at least one prompt", "prompt")
+    if len(items) > config.max_prompts:
+        raise invalid(
+            f"prompt has {len(items)} prompts; this server takes {config.max_prompts} at a time",
+            "prompt",
+        )
+
+    def read() -> list[Prompt]:
+        if add_special_tokens is None:
+            return read_prompts(items, llm.tokenizer)
+        return [_with_special_tokens(llm.tokenizer, item, add_special_tokens) for item in items]
+
+    characters = sum(len(item) for item in items if isinstance(item, str))
+    prompts = await _beside(read, characters)
+    for index, one in enumerate(prompts):
+        check_prompt(one, index, llm.vocab_size, llm.max_model_len)
+        _check_length(one, config, "prompt")
+    return prompts
+
+
+async def chat_prompt(
+    llm: AsyncLLM,
+    messages: list[dict[str, Any]],
+    config: ServerConfig,
+    *,
+    add_generation_prompt: bool = True,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """The prompt of a conversation, by the chat template.
+
+    Raises:
+        InvalidRequestError: the template refuses, or the prompt is too long.
+        ApiError: a message has parts that are no text.
+    """
+    if chat_template is not None and not config.trust_request_chat_template:
+        raise invalid(
+            "chat_template in a request is not allowed on this server; start it with "
+            "--trust-request-chat-template",
+            "chat_template",
+        )
+    conversation = [_readable(message, index) for index, message in enumerate(messages)]
+
+    def render() -> dict[str, Any]:
+        return chat_prompts(
+            llm.tokenizer, conversation, add_generation_prompt, chat_template, template_kwargs
+        )[0]
+
+    made = await _beside(render, sum(len(m["content"] or "") for m in conversation))
+    prompt = Prompt(made["prompt"], made["prompt_token_ids"])
+    check_prompt(prompt, 0, llm.vocab_size, llm.max_model_len)
+    _check_length(prompt, config, "messages")
+    return prompt
+
+
+def _readable(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """A message as chat templates expect it: content is a text, arguments of calls are objects."""
+    where = f"messages[{index}]"
+    if not isinstance(message.get("role"), str):
+        raise invalid(f"{where} has no role; give 'user', 'assistant', 'system' or 'tool'", where)
+    read = {**message, "content": _text(message.get("content"), where)}
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise invalid(f"{where}.tool_calls must be a list", f"{where}.tool_calls")
+    if calls:
+        read["tool_calls"] = [_readable_call(call, where) for call in calls]
+    return read
+
+
+def _text(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(f"{where}.content must be a text or a list of parts", f"{where}.content")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            raise invalid(
+                f"{where}.content has a part of type {str(kind)!r:.60}; this model reads text only",
+                f"{where}.content",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _readable_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise invalid(f"{where}.tool_calls has a call without a function", f"{where}.tool_calls")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise invalid(
+                f"{where}.tool_calls: arguments are not JSON: {error}", f"{where}.tool_calls"
+            ) from error
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_flat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _with_special_tokens(tokenizer: Any, item: Any, flag: bool) -> Prompt:
+    if not isinstance(item, str):
+        return Prompt(None, list(item))
+    if tokenizer is None:
+        raise invalid("the prompt is text, but this server has no tokenizer; send token ids")
+    try:
+        return Prompt(item, list(tokenizer(item, add_special_tokens=flag)["input_ids"]))
+    except (TypeError, UnicodeError) as error:
+        raise invalid(f"the prompt is not valid Unicode: {error}", "prompt") from error
+
+
+def _check_length(prompt: Prompt, config: ServerConfig, param: str) -> None:
+    most = config.max_prompt_tokens
+    if most is not None and len(prompt.token_ids) > most:
+        raise ApiError(
+            400,
+            f"a prompt has {len(prompt.token_ids)} tokens; this server takes {most}",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def _beside(work: Callable[[], T], characters: int) -> T:
+    """What `work` returns; in a thread if it has much to do."""
+    return work() if characters < _LONG_CHARACTERS else await asyncio.to_thread(work)

@@ -1,0 +1,177 @@
+"""Clients that leave, requests that take too long, servers that stop, engines that die."""
+
+import json
+import threading
+
+import httpx
+import pytest
+from running_server import RunningServer, demo_engine, eventually
+
+from autodeploy.errors import ConfigError
+
+TEXT = "/v1/completions"
+LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
+
+
+@pytest.fixture
+def own():
+    made = []
+
+    def make(**options):
+        made.append(RunningServer(**options))
+        return made[-1]
+
+    yield make
+    for running in made:
+        running.close()
+
+
+def idle(running):
+    eventually(lambda: running.service.admission.open == 0)
+    eventually(lambda: running.host.llm.open_requests == 0)
+    eventually(lambda: running.pages_used() == 0)
+
+
+def in_thread(running, **fields):
+    """A whole answer, asked for in another thread; a list that will hold it."""
+    found = []
+
+    def ask():
+        found.append(httpx.post(running.url + TEXT, json=fields, timeout=30))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    eventually(lambda: running.service.admission.open > 0)
+    return thread, found
+
+
+def error_of(lines):
+    assert lines[-1] == "data: [DONE]"
+    return json.loads(lines[-2].removeprefix("data: "))["error"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"prompt": ["a", "b"]}])
+def test_a_reader_who_leaves_a_stream_frees_its_pages(server, fields):
+    with server.client.stream("POST", TEXT, json={**LONG, "stream": True, **fields}) as response:
+        lines = response.iter_lines()  # dropped, it would close the response
+        next(lines)
+        assert server.service.admission.open > 0
+    idle(server)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt": ["a", "b"]}])
+def test_a_client_who_gives_up_on_a_whole_answer_frees_its_pages(server, fields):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + TEXT, json={**LONG, "n": 4, **fields}, timeout=0.3)
+    idle(server)
+
+
+def test_one_bad_prompt_of_several_aborts_the_others(server):
+    response = server.post(TEXT, **{**LONG, "prompt": [[5], [10**6]]})
+    assert response.status_code == 400
+    idle(server)
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error(own):
+    running = own(request_timeout=0.4)
+    response = running.post(TEXT, **LONG)
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "request_timeout"
+    assert response.headers["x-should-retry"] == "false"
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    assert error_of(lines)["code"] == "request_timeout"
+    assert len(lines) > 3
+    idle(running)
+
+
+def test_a_stopping_server_refuses_new_requests_and_finishes_open_ones(own):
+    running = own(shutdown_timeout=20)
+    fields = {**LONG, "max_tokens": 300, "stream": True}
+    with running.client.stream("POST", TEXT, json=fields) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert httpx.get(running.url + "/ready").status_code == 200
+        running.stop()
+        eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
+        assert httpx.get(running.url + "/health").status_code == 200
+        refused = httpx.post(running.url + TEXT, json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
+def test_what_is_open_after_the_shutdown_timeout_ends_with_an_error(own):
+    running = own(shutdown_timeout=0.2)
+    thread, whole = in_thread(running, **LONG)
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.stop()
+        rest = [line for line in lines if line]
+    assert error_of(rest)["code"] == "shutting_down"
+    thread.join()
+    assert whole[0].status_code == 503
+    running.join()
+
+
+def test_a_second_signal_does_not_wait(own):
+    running = own(shutdown_timeout=1000)
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.stop()
+        eventually(lambda: running.service.admission.draining)
+        running.stop()
+        assert error_of([line for line in lines if line])["code"] == "shutting_down"
+    running.join()
+    assert running.server.status == 0
+
+
+def die(running):
+    def broken():
+        raise RuntimeError("the device fell off")
+
+    running.host.llm._executor._engine.step = broken
+
+
+def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
+    running = own()
+    thread, whole = in_thread(running, **LONG)
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        die(running)
+        rest = [line for line in lines if line]
+    assert error_of(rest)["code"] == "engine_dead"
+    thread.join()
+    assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "engine_dead")
+    running.join()
+    assert running.server.status == 1
+
+
+def test_an_engine_that_dies_is_started_again_if_that_is_the_policy(own):
+    may_build = threading.Event()
+    failures = [RuntimeError("no device"), ConfigError("no memory")]
+
+    def build():
+        may_build.wait(10)
+        if failures:
+            raise failures.pop()
+        return demo_engine()
+
+    running = own(build=build)
+    with running.client.stream("POST", TEXT, json={**LONG, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        die(running)
+        assert error_of([line for line in lines if line])["code"] == "engine_dead"
+    for path in ("/health", "/ready"):
+        assert running.client.get(path).status_code == 503
+    assert running.post(TEXT, prompt="a").status_code == 503
+    may_build.set()
+    eventually(lambda: running.client.get("/health").status_code == 200)
+    assert running.post(TEXT, prompt="a").status_code == 200
+    assert running.host.restarts == 1
