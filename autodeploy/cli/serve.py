@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from ..async_llm import AsyncLLM
     from ..server.app import build_app
     from ..server.engine_host import EngineHost
+    from ..server.logs import set_up_logging
     from ..server.serving import bound_socket, serve
+
+    set_up_logging(settings.server.log_format, logging.DEBUG if args.verbose else logging.INFO)
 
     def build() -> AsyncLLM:
         return AsyncLLM(settings.model, **settings.deploy)

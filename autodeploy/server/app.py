@@ -22,7 +22,11 @@ from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError, as_api_error, invalid
 from .gates import ApiKeys, BodyLimit, RequestIds, RootPath, error_response
+from .metrics import ServerMetrics
+from .observation import Observation
+from .page import page_router
 from .service import Service
+from .status import status_router
 
 _log = logging.getLogger("autodeploy")
 ENDPOINTS = (completions, chat, models, tokens, health)
@@ -44,17 +48,22 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     app = FastAPI(
         title="autodeploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
+    name = (config.served_model_name or [model])[0]
+    metrics = ServerMetrics(lambda: host.llm, name)
     app.state.service = Service(
-        config, host, Admission(config.max_open_sequences), model, int(time.time())
+        config, host, Admission(config.max_open_sequences), metrics, model, int(time.time())
     )
     for endpoint in ENDPOINTS:
         app.include_router(endpoint.router)
+    app.include_router(metrics.router())
+    app.include_router(status_router(lambda: host.llm, name, bool(config.api_key)))
+    app.include_router(page_router())
     _add_error_handlers(app)
-    _add_gates(app, config)
+    _add_gates(app, config, metrics)
     return app
 
 
-def _add_gates(app: FastAPI, config: ServerConfig) -> None:
+def _add_gates(app: FastAPI, config: ServerConfig, metrics: ServerMetrics) -> None:
     """The last one added is the first one passed."""
     app.add_middleware(BodyLimit, limit=config.max_request_bytes)
     if config.api_key:
@@ -66,6 +75,12 @@ def _add_gates(app: FastAPI, config: ServerConfig) -> None:
         )  # fmt: skip
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
+    traces = None
+    if config.otlp_traces_endpoint is not None:
+        from .traces import Traces
+
+        traces = Traces(config.otlp_traces_endpoint)
+    app.add_middleware(Observation, metrics=metrics, traces=traces)
     app.add_middleware(RequestIds)
 
 

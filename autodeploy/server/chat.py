@@ -169,7 +169,13 @@ class _Call:
             template_kwargs=_template_kwargs(request),
         )
         return Generation(
-            self.llm, self.id, [prompt], self.params, request.priority, request.cache_salt
+            self.llm,
+            self.service.metrics,
+            self.id,
+            [prompt],
+            self.params,
+            request.priority,
+            request.cache_salt,
         )
 
 

@@ -122,7 +122,13 @@ class _Call:
         if request.echo:
             prompts = [self._with_text(prompt) for prompt in prompts]
         return Generation(
-            self.llm, self.id, prompts, self.params, request.priority, request.cache_salt
+            self.llm,
+            self.service.metrics,
+            self.id,
+            prompts,
+            self.params,
+            request.priority,
+            request.cache_salt,
         )
 
     def _with_text(self, prompt: Prompt) -> Prompt:

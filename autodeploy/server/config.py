@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 ON_ENGINE_DEATH = ("exit", "restart")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass
@@ -48,6 +49,10 @@ class ServerConfig:
     """seconds a request may take as a whole (default: no limit)"""
     shutdown_timeout: float = 30.0
     """seconds that open requests may go on for after SIGTERM"""
+    log_format: str = "text"
+    """text, or json with a line per record"""
+    otlp_traces_endpoint: str | None = None
+    """where to send traces, such as http://localhost:4318/v1/traces (default: nowhere)"""
     on_engine_death: str = "exit"
     """exit with status 1, or restart the engine in place"""
     trust_request_chat_template: bool = False
@@ -84,6 +89,10 @@ class ServerConfig:
             raise ConfigError(
                 f"on_engine_death must be {' or '.join(ON_ENGINE_DEATH)}, not "
                 f"{self.on_engine_death!r}"
+            )
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(
+                f"log_format must be {' or '.join(LOG_FORMATS)}, not {self.log_format!r}"
             )
         if not all(key and key.isascii() for key in self.api_key):
             raise ConfigError("an api_key is empty or not ASCII; no header could carry it")

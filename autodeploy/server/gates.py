@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Paths that need no key: what probes ask."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
+"""Paths that need no key: what probes ask, and the page, which asks for a key itself."""
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 

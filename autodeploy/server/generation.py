@@ -11,7 +11,9 @@ from ..async_llm import AsyncLLM, OutputKind
 from ..outputs import RequestOutput
 from ..prompts import Prompt
 from ..runtime.sampling_params import SamplingParams
+from .metrics import ServerMetrics
 from .protocol.base import PromptTokensDetails, Usage
+from .watch import watched
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Generation:
     """Prompts with what they share. name: unique; the engine's requests are called after it."""
 
     llm: AsyncLLM
+    metrics: ServerMetrics
     name: str
     prompts: list[Prompt]
     params: SamplingParams
@@ -80,7 +83,7 @@ class Generation:
                 queue.put_nowait((index, output))
 
     def _one(self, index: int, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
-        return self.llm.generate(
+        outputs = self.llm.generate(
             [self.prompts[index]],
             self.params,
             f"{self.name}-{index}",
@@ -88,6 +91,7 @@ class Generation:
             priority=self.priority,
             cache_salt=self.cache_salt,
         )
+        return watched(outputs, self.metrics, self.params, kind)
 
 
 class UsageCount:

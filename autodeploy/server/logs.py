@@ -32,8 +32,8 @@ def set_up_logging(log_format: LogFormat, level: int, stream: TextIO | None = No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("autodeploy").setLevel(level)
-    for name in ("uvicorn", "uvicorn.error"):
+    # The command line has given our own logger a handler for people.
+    for name in ("autodeploy", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True

@@ -14,6 +14,7 @@ from .answers import StreamAnswer, WholeAnswer
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError
+from .metrics import ServerMetrics
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Service:
     config: ServerConfig
     host: EngineHost
     admission: Admission
+    metrics: ServerMetrics
     model: str
     """What was deployed: a path or hub id."""
     created: int
