@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import AutodeployError
 from . import chat, completions, health, models, tokens
 from .admission import Admission
+from .chat_message import formats_of
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError, as_api_error, invalid
@@ -50,9 +51,11 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     )
     name = (config.served_model_name or [model])[0]
     metrics = ServerMetrics(lambda: host.llm, name)
+    formats = formats_of(config, getattr(host.llm.tokenizer, "chat_template", None))
     app.state.service = Service(
-        config, host, Admission(config.max_open_sequences), metrics, model, int(time.time())
-    )
+        config, host, Admission(config.max_open_sequences), metrics, formats, model,
+        int(time.time()),
+    )  # fmt: skip
     for endpoint in ENDPOINTS:
         app.include_router(endpoint.router)
     app.include_router(metrics.router())

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
 from .answers import event
-from .chat_message import MessageReader, check_tools
+from .chat_message import MessageReader, options_of, parser_of
 from .errors import invalid
 from .generation import Generation, UsageCount
 from .logprobs import chat_logprobs, prompt_logprobs
@@ -28,7 +28,7 @@ from .protocol.chat import (
 )
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import constrained
+from .structured import constrained, demanding_a_call
 
 router = APIRouter()
 
@@ -57,7 +57,8 @@ class _Call:
         request.check_limits(service.config)
         check_logprobs("top_logprobs", request.top_logprobs, service.config)
         _refuse_contradictions(request)
-        check_tools(request)
+        self.tools = options_of(request, service.formats)
+        self.parser = parser_of(self.tools, service.formats)
         changes: dict[str, Any] = {}
         if request.logprobs:
             changes["logprobs"] = request.top_logprobs or 0
@@ -67,6 +68,9 @@ class _Call:
         if limit is not None or "max_tokens" not in defaults.sampling:
             changes["max_tokens"] = limit
         params = request.sampling_params(defaults.params(), **changes)
+        params = demanding_a_call(params, self.tools, request.response_format)
+        if self.parser.needs_special_tokens(getattr(self.llm.tokenizer, "all_special_tokens", ())):
+            params = params.clone(skip_special_tokens=False)
         self.params = constrained(params, request.response_format)
 
     async def answer(self) -> ChatCompletion:
@@ -77,7 +81,8 @@ class _Call:
         count.add(0, output)
         answer = ChatCompletion(
             id=self.id, object="chat.completion", created=self.created, model=self.model,
-            choices=[self._choice(part) for part in output.outputs], usage=count.usage(),
+            choices=[self._choice(part, generation) for part in output.outputs],
+            usage=count.usage(),
         )  # fmt: skip
         if self.request.prompt_logprobs is not None and output.prompt_logprobs:
             answer.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
@@ -94,7 +99,7 @@ class _Call:
                 async for _, delta in deltas:
                     if not readers:
                         for index in range(self.request.sequences_per_prompt):
-                            readers[index] = MessageReader(self.request)
+                            readers[index] = self._reader(generation)
                             yield event(self._opening(index, delta, count))
                     count.add(0, delta)
                     for part in delta.outputs:
@@ -106,8 +111,12 @@ class _Call:
                 last.usage = count.usage()
                 yield event(last)
 
-    def _choice(self, part: CompletionOutput) -> ChatChoice:
-        reader = MessageReader(self.request)
+    def _reader(self, generation: Generation) -> MessageReader:
+        prompt = generation.prompts[0].text or ""
+        return MessageReader(self.parser, prompt, self.tools.named is not None)
+
+    def _choice(self, part: CompletionOutput, generation: Generation) -> ChatChoice:
+        reader = self._reader(generation)
         message = reader.whole(part.text)
         choice = ChatChoice(
             index=part.index, message=message, logprobs=self._logprobs(part),
@@ -166,7 +175,7 @@ class _Call:
             self.service.config,
             add_generation_prompt=request.add_generation_prompt,
             chat_template=request.chat_template,
-            template_kwargs=_template_kwargs(request),
+            template_kwargs=_template_kwargs(request, self.tools.for_template()),
         )
         return Generation(
             self.llm,
@@ -192,10 +201,10 @@ def _refuse_contradictions(request: ChatRequest) -> None:
         )
 
 
-def _template_kwargs(request: ChatRequest) -> dict[str, Any]:
+def _template_kwargs(request: ChatRequest, tools: list[Any] | None) -> dict[str, Any]:
     """What the template is given besides the messages; what was not asked for is left out."""
     named = {
-        "tools": request.tools,
+        "tools": tools,
         "documents": request.documents,
         "reasoning_effort": request.reasoning_effort,
         "continue_final_message": request.continue_final_message or None,

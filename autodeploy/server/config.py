@@ -49,6 +49,10 @@ class ServerConfig:
     """seconds a request may take as a whole (default: no limit)"""
     shutdown_timeout: float = 30.0
     """seconds that open requests may go on for after SIGTERM"""
+    tool_call_parser: str = "auto"
+    """how the model writes calls of tools; auto: as its chat template does, none: not at all"""
+    reasoning_parser: str = "auto"
+    """how the model marks its reasoning; auto: as its chat template does, none: not at all"""
     log_format: str = "text"
     """text, or json with a line per record"""
     otlp_traces_endpoint: str | None = None

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..async_llm import AsyncLLM
 from ..chat import chat_prompts
 from ..prompts import Prompt, check_prompt, read_prompts
+from .chat_message import with_path
 from .config import ServerConfig
 from .errors import ApiError, invalid
+from .parsing import template_messages
 
 T = TypeVar("T")
 # Some milliseconds of tokenizing, which would be a stall of every stream.
 _LONG_CHARACTERS = 20_000
-_TEXT_PARTS = ("text", "refusal", "input_text", "output_text")
 
 
 async def completion_prompts(
@@ -71,65 +71,19 @@ async def chat_prompt(
             "--trust-request-chat-template",
             "chat_template",
         )
-    conversation = [_readable(message, index) for index, message in enumerate(messages)]
+    template = chat_template or getattr(llm.tokenizer, "chat_template", None)
+    conversation = with_path(template_messages, messages, template)
 
     def render() -> dict[str, Any]:
         return chat_prompts(
             llm.tokenizer, conversation, add_generation_prompt, chat_template, template_kwargs
         )[0]
 
-    made = await _beside(render, sum(len(m["content"] or "") for m in conversation))
+    made = await _beside(render, sum(len(str(m.get("content"))) for m in conversation))
     prompt = Prompt(made["prompt"], made["prompt_token_ids"])
     check_prompt(prompt, 0, llm.vocab_size, llm.max_model_len)
     _check_length(prompt, config, "messages")
     return prompt
-
-
-def _readable(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as chat templates expect it: content is a text, arguments of calls are objects."""
-    where = f"messages[{index}]"
-    if not isinstance(message.get("role"), str):
-        raise invalid(f"{where} has no role; give 'user', 'assistant', 'system' or 'tool'", where)
-    read = {**message, "content": _text(message.get("content"), where)}
-    calls = message.get("tool_calls")
-    if calls is not None and not isinstance(calls, list):
-        raise invalid(f"{where}.tool_calls must be a list", f"{where}.tool_calls")
-    if calls:
-        read["tool_calls"] = [_readable_call(call, where) for call in calls]
-    return read
-
-
-def _text(content: Any, where: str) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid(f"{where}.content must be a text or a list of parts", f"{where}.content")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise invalid(
-                f"{where}.content has a part of type {str(kind)!r:.60}; this model reads text only",
-                f"{where}.content",
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _readable_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise invalid(f"{where}.tool_calls has a call without a function", f"{where}.tool_calls")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise invalid(
-                f"{where}.tool_calls: arguments are not JSON: {error}", f"{where}.tool_calls"
-            ) from error
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _is_flat(prompt: Any) -> bool:

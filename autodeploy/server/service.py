@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from .admission import Admission
 from .answers import StreamAnswer, WholeAnswer
+from .chat_message import Formats
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError
@@ -25,6 +26,7 @@ class Service:
     host: EngineHost
     admission: Admission
     metrics: ServerMetrics
+    formats: Formats
     model: str
     """What was deployed: a path or hub id."""
     created: int

@@ -8,6 +8,7 @@ from ..errors import SamplingParamsError
 from ..runtime.sampling_params import SamplingParams
 from ..runtime.structured_params import StructuredOutputsParams
 from .errors import invalid
+from .parsing import ToolOptions, required_output
 
 
 def constrained(params: SamplingParams, response_format: dict[str, Any] | None) -> SamplingParams:
@@ -35,6 +36,27 @@ def constrained(params: SamplingParams, response_format: dict[str, Any] | None) 
         return params.clone(structured_outputs=wanted)
     except SamplingParamsError as error:
         raise invalid(f"response_format: {error}", "response_format") from error
+
+
+def demanding_a_call(
+    params: SamplingParams, options: ToolOptions, response_format: dict[str, Any] | None
+) -> SamplingParams:
+    """`params` under which a call is made, if the request demands one.
+
+    Raises:
+        ApiError: the request demands another form as well.
+    """
+    schema = required_output(options)
+    if schema is None:
+        return params
+    if response_format is not None and response_format.get("type") != "text":
+        raise invalid(
+            "tool_choice demands a call, and response_format another output; leave one out",
+            "response_format",
+        )
+    # Nobody reads a call's spaces, and small models make them without end.
+    wanted = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+    return params.clone(structured_outputs=wanted)
 
 
 def _schema(given: Any) -> dict[str, Any]:
