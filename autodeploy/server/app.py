@@ -22,7 +22,7 @@ from .chat_message import formats_of
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError, as_api_error, invalid
-from .gates import ApiKeys, BodyLimit, RequestIds, RootPath, error_response
+from .gates import ApiKeys, BodyLimit, RootPath, error_response
 from .metrics import ServerMetrics
 from .observation import Observation
 from .page import page_router
@@ -84,7 +84,6 @@ def _add_gates(app: FastAPI, config: ServerConfig, metrics: ServerMetrics) -> No
 
         traces = Traces(config.otlp_traces_endpoint)
     app.add_middleware(Observation, metrics=metrics, traces=traces)
-    app.add_middleware(RequestIds)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""What every request passes before an endpoint sees it: its id, path, key and size.
+"""What every request passes before an endpoint sees it: its path, key and size.
 
 Plain ASGI: Starlette's BaseHTTPMiddleware would hide from endpoints that a client has left.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
-import uuid
 from collections.abc import Sequence
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +18,6 @@ from .errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 """Paths that need no key: what probes ask, and the page, which asks for a key itself."""
-_GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def error_response(error: ApiError) -> Response:
@@ -28,28 +25,6 @@ def error_response(error: ApiError) -> Response:
     return Response(
         error.encoded(), error.status, headers=error.headers, media_type="application/json"
     )
-
-
-class RequestIds:
-    """Gives each request an id, its client's if it sent one, and gives it back: X-Request-Id."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        name = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = name
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = name
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 class RootPath:

@@ -69,8 +69,8 @@ def decode_tiles(
     # keep the memory busy with two stages: 2048 of 576 keys 146 (148).
     few = heads <= programs
     if width * itemsize > 256:
-        # Blocks of 8 KiB would have 16 keys: 64 sequences of 576, 4 heads of 256, take 66 us, with
-        # 32 of them and four stages 48.
+        # Blocks of 8 KiB would have 16 keys: with them a step of 34 layers, 64 sequences of 576 and
+        # 4 heads of 256 took 0.6 ms longer than with 32 keys and four stages.
         block, stages = 16384, 4
     else:
         block, stages = (8192, 5) if few else (16384, 2)

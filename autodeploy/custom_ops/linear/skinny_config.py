@@ -65,7 +65,8 @@ def tiling_of(
     In us, beside cuBLAS with its norm, gate or residual apart: one token, a norm and 6144 x 4096:
     15.2 and 17.1; 4096 x 14336 and a residual: 28.9 and 33.5. Eight tokens, 2048 x 8192 and a
     residual: 12.1 and 15.4; 16384 x 2048 and a gate: 19.3 and 21.5. A product alone is as fast in
-    cuBLAS from two tokens on, and so is every product of more than 64.
+    cuBLAS from two tokens on, and so is every product of more than 64, but for gated ones (see
+    `_wide`).
     """
     columns = rows // 2 if gated else rows
     if tokens <= GEMV_TOKENS:
