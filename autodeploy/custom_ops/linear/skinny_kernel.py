@@ -202,18 +202,19 @@ def dot_kernel(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens <= BLOCK_M, K], weight [outputs or twice that, K] -> out [tokens, outputs].
+    """x [tokens, K], weight [outputs or twice that, K] -> out [tokens, outputs].
 
-    Program (i, j) makes columns i * BLOCK_N .. of all tokens over the j-th of SPLIT parts of K.
-    The last part of a tile to arrive adds up all of them in order, so results do not depend on
-    which one that is. scratch: float32, one slot per program; arrivals: int32 zeros, one per tile,
-    left as zeros. EARLY: bytes of each weight row that are asked for before the wait.
+    Program (i, j, m) makes columns i * BLOCK_N .. of tokens m * BLOCK_M .. over the j-th of SPLIT
+    parts of K. The last part of a tile to arrive adds up all of them in order, so results do not
+    depend on which one that is. scratch: float32, one slot per program; arrivals: int32 zeros, one
+    per tile, left as zeros. EARLY: bytes of each weight row that are asked for before the wait.
     WIDE: products of float32, for the interpreter, which has none of bfloat16.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.arange(0, BLOCK_M)
+    beside = tl.arange(0, BLOCK_M)
+    token = tl.program_id(2) * BLOCK_M + beside
     k = tl.arange(0, BLOCK_K)
     row = tl.minimum(column, outputs - 1).to(tl.int64)
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
@@ -279,19 +280,20 @@ def dot_kernel(
     else:
         AREA: tl.constexpr = BLOCK_N * BLOCK_M
         SLOT: tl.constexpr = AREA * (2 if GATED else 1) + BLOCK_M
-        slots = scratch + tile.to(tl.int64) * (SPLIT * SLOT)
+        number = tl.program_id(2) * tl.num_programs(0) + tile
+        slots = scratch + number.to(tl.int64) * (SPLIT * SLOT)
         mine = slots + part * SLOT
-        index = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + token[None, :]
+        index = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + beside[None, :]
         tl.store(mine + index, first)
         if GATED:
             tl.store(mine + AREA + index, second)
         if NORM:
-            tl.store(mine + (SLOT - BLOCK_M) + token, squares)
+            tl.store(mine + (SLOT - BLOCK_M) + beside, squares)
         # All threads have stored before one of them says so.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals + number, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
-            tl.store(arrivals + tile, 0)
+            tl.store(arrivals + number, 0)
             first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             second = first
             squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -301,7 +303,7 @@ def dot_kernel(
                 if GATED:
                     second += tl.load(theirs + AREA + index, cache_modifier=".cg")
                 if NORM:
-                    squares += tl.load(theirs + (SLOT - BLOCK_M) + token, cache_modifier=".cg")
+                    squares += tl.load(theirs + (SLOT - BLOCK_M) + beside, cache_modifier=".cg")
             finish(
                 first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
                 K, NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,

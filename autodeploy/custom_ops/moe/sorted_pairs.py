@@ -10,7 +10,7 @@ import torch
 from .. import gpu
 
 # Up to the last number of pairs one launch sorts them, with a kernel for each number.
-_FEW = (256, 1024, 4096)
+_FEW = (256, 1024, 2048, 4096)
 _CHUNK = 2048
 _TILE = 32
 
