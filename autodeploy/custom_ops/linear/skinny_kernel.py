@@ -33,11 +33,18 @@ def norm_scale(
     norm_weight, k, offset, K: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr
 ):
     """What the norm multiplies column k by, float32. ROUNDED: offset + weight is rounded."""
-    scale = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+    loaded = tl.load(norm_weight + k, mask=k < K, other=0.0)
+    return shifted(loaded, offset, HAS_OFFSET, ROUNDED)
+
+
+@triton.jit
+def shifted(loaded, offset, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
+    """As `norm_scale`, of what was loaded of a norm's weight."""
+    scale = loaded.to(tl.float32)
     if HAS_OFFSET:
         scale = scale + offset
         if ROUNDED:
-            scale = scale.to(norm_weight.dtype.element_ty).to(tl.float32)
+            scale = scale.to(loaded.dtype).to(tl.float32)
     return scale
 
 
@@ -226,6 +233,9 @@ def dot_kernel(
         prefetch(weight + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
         if GATED:
             prefetch(weight + half + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
+    if NORM and HAS_NORM_WEIGHT:
+        # One step ahead: it is too little for an asynchronous copy, and would be waited for.
+        following = tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -250,7 +260,9 @@ def dot_kernel(
             wide = values.to(tl.float32)
             square += wide * wide
             if HAS_NORM_WEIGHT:
-                scale = norm_scale(norm_weight, here, offset, K, HAS_OFFSET, ROUNDED)
+                scale = shifted(following, offset, HAS_OFFSET, ROUNDED)
+                after = here + BLOCK_K
+                following = tl.load(norm_weight + after, mask=after < K, other=0.0)
                 values = (wide * scale[None, :]).to(x.dtype.element_ty)
         across = tl.trans(values)
         if WIDE:

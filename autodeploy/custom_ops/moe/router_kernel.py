@@ -29,9 +29,9 @@ def _choose(
     """As `route_kernel`, of one row that this launch wrote. An expert's place is the number of
     those ahead of it, all counted at once: k maxima in turn are a chain of k reductions."""
     own = tl.arange(0, BLOCK_EXPERTS)
-    value = tl.load(
-        logits + own, mask=own < EXPERTS, other=float("-inf"), cache_modifier=".cg"
-    ).to(tl.float32)
+    value = tl.load(logits + own, mask=own < EXPERTS, other=float("-inf"), cache_modifier=".cg").to(
+        tl.float32
+    )
     place = tl.zeros([BLOCK_EXPERTS], tl.int32)
     for chunk in tl.static_range(0, BLOCK_EXPERTS, CHUNK):
         other = chunk + tl.arange(0, CHUNK)

@@ -96,9 +96,7 @@ def row_up_kernel(
 
 
 @triton.jit
-def _prefetch_rows(
-    start, rows, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr
-):
+def _prefetch_rows(start, rows, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
     """Asks for BYTES from `start` on of rows at offsets [BLOCK_C, BLOCK_N] to be brought to L2.
 
     Each of 128 threads or more asks for one piece, of a multiple of 16 bytes.

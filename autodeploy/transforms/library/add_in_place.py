@@ -7,7 +7,8 @@ becomes
 and whatever read `total` reads `residual`, which holds the sum from there on. The residual stream
 of a decoder thus stays in one tensor through all layers. Spared are residuals that are read later,
 themselves or through a view, that the same product reads, and that may be part of something else:
-a weight, a graph input, a view other than all of a tensor in another shape. Order matters from here on, so all fusing comes before.
+a weight, a graph input, a view other than all of a tensor in another shape. Order matters from here
+on, so all fusing comes before.
 """
 
 from __future__ import annotations
