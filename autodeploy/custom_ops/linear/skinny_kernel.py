@@ -176,12 +176,26 @@ def gemv_kernel(
 
 
 @triton.jit
+def residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL: tl.constexpr):
+    """What is added to columns [BLOCK_N] of tokens [BLOCK_M]; 0 if nothing is."""
+    tile = 0.0
+    if HAS_RESIDUAL:
+        mask = (column < outputs)[:, None] & (token < tokens)[None, :]
+        place = token[None, :] * outputs + column[:, None]
+        tile = tl.load(residual + place, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def finish(
-    first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+    first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
     K: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Whole sums [BLOCK_N, BLOCK_M] and sums of squares [BLOCK_M] to a tile of out."""
+    """Whole sums [BLOCK_N, BLOCK_M] and sums of squares [BLOCK_M] to a tile of out.
+
+    added: of `residual_tile`.
+    """
     DTYPE: tl.constexpr = out.dtype.element_ty
     mask = (column < outputs)[:, None] & (token < tokens)[None, :]
     if NORM:
@@ -196,7 +210,7 @@ def finish(
     y = gate(first, second, ACTIVATION, GATED, DTYPE)
     place = token[None, :] * outputs + column[:, None]
     if HAS_RESIDUAL:
-        y = y + tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        y = y + added.to(tl.float32)
     tl.store(out + place, y.to(DTYPE), mask=mask)
 
 
@@ -240,6 +254,10 @@ def dot_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
+    # Asked for before the loop, which hides it, if it is a few registers. Nobody has written the
+    # result yet, which may go to where this lies.
+    if BLOCK_M <= 64:
+        added = residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL)
     first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = first
     square = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -283,10 +301,12 @@ def dot_kernel(
                 v = v.to(tl.float32)
             second = tl.dot(v, across, second)
     squares = tl.sum(square, axis=1)
+    if BLOCK_M > 64:
+        added = residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL)
 
     if SPLIT == 1:
         finish(
-            first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+            first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
             K, NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
         )  # fmt: skip
     else:
@@ -317,6 +337,6 @@ def dot_kernel(
                 if NORM:
                     squares += tl.load(theirs + (SLOT - BLOCK_M) + beside, cache_modifier=".cg")
             finish(
-                first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+                first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
                 K, NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
             )  # fmt: skip

@@ -166,6 +166,9 @@ def row_down_kernel(
     tile = weight + (rows[:, :, None] + (depth * w_column)[None, None, :])
     w = tl.load(tile, mask=some[:, :, None] & (depth < WIDTH)[None, None, :], other=0.0)
     share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    place = token * COLUMNS + column
+    if HAS_RESIDUAL:
+        other = tl.load(residual + place, mask=exists, other=0.0, cache_modifier=".cg")
     if EARLY > 0:
         _prefetch_rows(weight + BLOCK_K, rows, BLOCK_C, BLOCK_N, EARLY)
     if PDL:
@@ -191,7 +194,6 @@ def row_down_kernel(
         shift = bias + expert[:, None] * COLUMNS + column[None, :]
         parts += tl.load(shift, mask=some, other=0.0).to(tl.float32)
     result = tl.sum(parts * share[:, None], axis=0)
-    place = token * COLUMNS + column
     if HAS_RESIDUAL:
-        result += tl.load(residual + place, mask=exists, other=0.0).to(tl.float32)
+        result += other.to(tl.float32)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=exists)
