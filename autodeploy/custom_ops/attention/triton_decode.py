@@ -33,7 +33,9 @@ class Tiles:
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
     ahead: int = 0
-    """Blocks after the first one that are asked for before the wait for the kernel in front."""
+    """Blocks after the second one that are asked for before the wait for the kernel in front."""
+    merge: int = 64
+    """Numbers of the ranges that a thread has on their way to it when it adds them up."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +116,25 @@ def decode_heads(
     if splits > 1:
         met = scratch(q.device, cut.programs, group, value_width)
     merged = min(triton_block(group), max(1, 2048 // block_dv))
+    together = min(triton_block(splits), 32 * cut.warps * cut.merge // (merged * block_dv))
     cos, sin = (
         q if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (turn.cos, turn.sin)
     )
-    rotary_decode_kernel[(tokens * kv_heads * splits,)](
+    rotary_decode_kernel[(kv_heads, tokens, splits)](
         q, k, v, k_cache, v_cache, out, cu_q, kv_len, block_table, slot, cos, sin,
         q if norm.q_weight is None else norm.q_weight,
         q if norm.k_weight is None else norm.k_weight, *form.tensors, *met,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], block_table.stride(0), slot.stride(0), cos.stride(1), sin.stride(1),
-        tokens, splits, cut.least, *form.numbers, norm.q_eps or 0.0, norm.k_eps or 0.0,
-        norm.offset, HKV=kv_heads, GROUP=group, D=width, DV=value_width, PAGE=page_size,
-        BLOCK_G=triton_block(group, 16), BLOCK_N=cut.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        tokens, block_table.shape[1], splits, cut.least, *form.numbers,
+        norm.q_eps or 0.0, norm.k_eps or 0.0, norm.offset,
+        HKV=kv_heads, GROUP=group, D=width, DV=value_width, PAGE=page_size,
+        BLOCK_G=triton_block(group, 8), BLOCK_N=cut.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
         HALF=0 if turn.cos is None else turn.cos.shape[2] // 2, INTERLEAVED=turn.interleaved,
         Q_NORM=norm.q_eps is not None, K_NORM=norm.k_eps is not None,
         Q_WEIGHT=norm.q_weight is not None, K_WEIGHT=norm.k_weight is not None,
         FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, MERGE_G=merged,
-        MERGE_S=max(2, min(16, 8192 // (merged * block_dv))),
-        AHEAD=cut.ahead if pdl else 0,
+        MERGE_S=max(2, together), AHEAD=cut.ahead if pdl else 0,
         PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
         num_stages=1, **overlap(pdl), **({"maxnreg": cut.registers} if cut.registers else {}),
     )  # fmt: skip
