@@ -192,13 +192,20 @@ def _leave(
 
 
 @triton.jit
+def _page_of(key, PAGE: tl.constexpr):
+    """Which page of a sequence a key is in; one shift, where a signed quotient has a sign to see."""
+    return (key.to(tl.uint32) // PAGE).to(tl.int32)
+
+
+@triton.jit
 def _load_block(
     cache_ptr, page, key, stop, page_stride, slot_stride,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Keys or values [BLOCK_N, BLOCK_D] before `stop`, zeros from there on."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = cache_ptr + (page.to(tl.int64) * page_stride + key % PAGE * slot_stride)[:, None] + d
+    inside = (key.to(tl.uint32) % PAGE).to(tl.int32)
+    at = cache_ptr + (page.to(tl.int64) * page_stride + inside * slot_stride)[:, None] + d
     there = (key < stop)[:, None]
     if BLOCK_D != D:
         there = there & (d < D)
@@ -245,10 +252,22 @@ def rotary_decode_kernel(
     # Where the first block lies if the token is its sequence's only one and no range is longer
     # than it must: asked for beside the lengths, not after them.
     guess = split * least * BLOCK_N
-    at = (guess + n) // PAGE
+    at = _page_of(guess + n, PAGE)
     guessed = tl.load(
         table_ptr + tl.cast(token, tl.int64) * table_stride + at, mask=at < pages, other=0
     )
+    g = tl.arange(0, BLOCK_G)
+    # Rows past the group repeat its last head and are not stored.
+    head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    dv = tl.arange(0, BLOCK_DV)
+    rows = g[:, None]
+    q_weight, q_other_weight = _load_weight(q_norm_ptr, rows, d, D, HALF, INTERLEAVED, Q_WEIGHT)
+    k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
+    slope = tl.zeros([BLOCK_G], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+    slot = tl.load(slot_ptr + token * slot_stride).to(tl.int64)
     sequence, begin, end, known = _find_token(cu_q_ptr, kv_len_ptr, token, sequences)
     position = known - end + token
     low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
@@ -268,39 +287,31 @@ def rotary_decode_kernel(
     v_cache_ptr += kv_head * v_cache_head
     key = start + n
     right = (sequence == token) & (start == guess)
-    page = tl.load(table_ptr + key // PAGE, mask=(key < stop) & (not right), other=0)
+    page = tl.load(table_ptr + _page_of(key, PAGE), mask=(key < stop) & (not right), other=0)
     page = tl.where(right & (key < stop), guessed, page)
     # Where a block lies is known before it is asked for.
     ahead = key + BLOCK_N
-    next_page = tl.load(table_ptr + ahead // PAGE, mask=ahead < stop, other=0)
-    # The first block is to be in shared memory when the wait is over. A second one waits in
-    # registers: it is asked for first, for the compiler has the first one moved at once.
-    next_k = _load_block(k_cache_ptr, next_page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
-    next_v = _load_block(v_cache_ptr, next_page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
-    next_page = tl.load(table_ptr + (ahead + BLOCK_N) // PAGE, mask=ahead + BLOCK_N < stop, other=0)
+    next_page = tl.load(table_ptr + _page_of(ahead, PAGE), mask=ahead < stop, other=0)
+    if PDL:
+        # Here, for what follows waits until keys are there.
+        tl.extra.cuda.gdc_launch_dependents()
+    # The first block lies in shared memory when the wait is over, a second one in registers. The
+    # compiler has a block moved as soon as it is loaded: what comes first is what is needed first.
     k = _load_block(k_cache_ptr, page, key, stop, k_page, k_slot, D, PAGE, BLOCK_D)
     v = _load_block(v_cache_ptr, page, key, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+    next_k = _load_block(k_cache_ptr, next_page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
+    next_v = _load_block(v_cache_ptr, next_page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+    next_page = tl.load(
+        table_ptr + _page_of(ahead + BLOCK_N, PAGE), mask=ahead + BLOCK_N < stop, other=0
+    )
     if AHEAD > 0 and start + 2 * BLOCK_N < stop:
         for block in tl.static_range(2, AHEAD + 2):
             there = tl.minimum(start + block * BLOCK_N + n, stop - 1)
-            ahead_page = tl.load(table_ptr + there // PAGE)
+            ahead_page = tl.load(table_ptr + _page_of(there, PAGE))
             inside = there % PAGE
             ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, D)
             ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, DV)
-    g = tl.arange(0, BLOCK_G)
-    # Rows past the group repeat its last head and are not stored.
-    head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    dv = tl.arange(0, BLOCK_DV)
-    rows = g[:, None]
-    q_weight, q_other_weight = _load_weight(q_norm_ptr, rows, d, D, HALF, INTERLEAVED, Q_WEIGHT)
-    k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
-    slope = tl.zeros([BLOCK_G], tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
-    slot = tl.load(slot_ptr + token * slot_stride).to(tl.int64)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     row = tl.cast(token, tl.int64)
@@ -344,7 +355,7 @@ def rotary_decode_kernel(
         page = next_page
         k = _load_block(k_cache_ptr, page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
         next_page = tl.load(
-            table_ptr + (ahead + BLOCK_N) // PAGE, mask=ahead + BLOCK_N < stop, other=0
+            table_ptr + _page_of(ahead + BLOCK_N, PAGE), mask=ahead + BLOCK_N < stop, other=0
         )
         p, new_top = _weigh(
             s, key, stop, position, top, slope, scale, unit, softcap, SOFTCAP, ALIBI

@@ -57,7 +57,7 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
 
     width: of a head, a power of 2. heads: of keys, of all sequences together.
     """
-    rows = triton_block(group, 16)
+    rows = triton_block(group, 8)
     multiprocessors = gpu.multiprocessors(device.index or 0)
     # 16 KiB of keys and of values are 64 registers a thread: with some 220 in all two programs
     # share a multiprocessor, of half as many keys four. Ranges are cut so that all programs are
@@ -70,13 +70,16 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
 def holds(q: torch.Tensor, k: torch.Tensor, sequences: int) -> bool:
     """Whether `decode_heads` takes a step of q [T, Hq, D] and k [T, Hkv, D].
 
-    Only where sequences have to be cut. With more of them the loop of `decode_kernel`, whose keys
-    come through shared memory, is nearer to the memory's speed: 64 sequences of 576 keys and 8
-    heads of 128 take 59 us here, 44 there and in the launch that turns heads.
+    Only where sequences have to be cut, and wider heads earlier than those of 128. With more of
+    them the loop of `decode_kernel`, whose keys come through shared memory, is nearer to the
+    memory's speed. In us on an H200, 64 sequences of 576 keys: 8 heads of 128 took 59 here, 44
+    there and in the launch that turns heads; 2 heads of 256 took 50 here, 18 are their bytes.
     """
-    rows = triton_block(q.shape[1] // k.shape[1], 16)
-    few = sequences * k.shape[1] <= gpu.multiprocessors(q.device.index or 0)
-    return len(q) == sequences and few and rows * triton_block(q.shape[2], 16) <= LARGEST
+    width = triton_block(q.shape[2], 16)
+    rows = triton_block(q.shape[1] // k.shape[1], 8)
+    room = 128 * gpu.multiprocessors(q.device.index or 0)
+    few = sequences * k.shape[1] * max(128, width) <= room
+    return len(q) == sequences and few and rows * width <= LARGEST
 
 
 def decode_heads(
