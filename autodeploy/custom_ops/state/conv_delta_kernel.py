@@ -10,37 +10,41 @@ from .packed_kernel import sequence_span
 
 
 @triton.jit
-def old_inputs(row, column, mask, BACK: tl.constexpr, TAPS: tl.constexpr):
-    """The inputs `BACK` tokens before a sequence's first new one, of a state [C, TAPS - 1]."""
-    if BACK < TAPS:
-        return tl.load(row + column * (TAPS - 1) + (TAPS - 1 - BACK), mask=mask, other=0.0).to(
-            tl.float32
-        )
-    else:
-        return tl.zeros(column.shape, tl.float32)
+def old_inputs(row, column, mask, TAPS: tl.constexpr):
+    """The inputs one, two and three tokens before the first new one, of a state [C, TAPS - 1]."""
+    newest = row + column * (TAPS - 1) + (TAPS - 2)
+    one = tl.load(newest, mask=mask, other=0.0).to(tl.float32)
+    two = tl.zeros(column.shape, tl.float32)
+    three = two
+    if TAPS > 2:
+        two = tl.load(newest - 1, mask=mask, other=0.0).to(tl.float32)
+    if TAPS > 3:
+        three = tl.load(newest - 2, mask=mask, other=0.0).to(tl.float32)
+    return one, two, three
 
 
 @triton.jit
-def taps_of(weight, column, inside, BACK: tl.constexpr, TAPS: tl.constexpr):
-    """The factors of the inputs `BACK` tokens ago."""
-    if BACK < TAPS:
-        return tl.load(weight + column * TAPS + (TAPS - 1 - BACK), mask=inside, other=0.0).to(
-            tl.float32
-        )
-    else:
-        return tl.zeros(column.shape, tl.float32)
+def taps_of(weight, column, inside, TAPS: tl.constexpr):
+    """The factors of the inputs now, one, two and three tokens ago, of a weight [C, TAPS]."""
+    last = weight + column * TAPS + (TAPS - 1)
+    now = tl.load(last, mask=inside, other=0.0).to(tl.float32)
+    one = tl.load(last - 1, mask=inside, other=0.0).to(tl.float32)
+    two = tl.zeros(column.shape, tl.float32)
+    three = two
+    if TAPS > 2:
+        two = tl.load(last - 2, mask=inside, other=0.0).to(tl.float32)
+    if TAPS > 3:
+        three = tl.load(last - 3, mask=inside, other=0.0).to(tl.float32)
+    return now, one, two, three
 
 
 @triton.jit
 def convolved(
-    now, one, two, three, weight, bias, column, inside, TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, NARROW: tl.constexpr,
+    now, one, two, three, taps, bias, column, inside, weight, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """The output of a convolution whose inputs are now, one, two and three tokens ago."""
-    total = now * taps_of(weight, column, inside, 0, TAPS)
-    total += one * taps_of(weight, column, inside, 1, TAPS)
-    total += two * taps_of(weight, column, inside, 2, TAPS)
-    total += three * taps_of(weight, column, inside, 3, TAPS)
+    total = now * taps[0] + one * taps[1] + two * taps[2] + three * taps[3]
     total = finish_total(total, bias, column, inside, weight, HAS_BIAS, ACTIVATION)
     return total.to(NARROW).to(tl.float32)
 
@@ -117,15 +121,15 @@ def conv_delta_kernel(
     row = conv_state + slot * conv_stride
     q_mask = held & has_past
     v_mask = inside & has_past
-    q1 = old_inputs(row, q_column, q_mask, 1, TAPS)
-    q2 = old_inputs(row, q_column, q_mask, 2, TAPS)
-    q3 = old_inputs(row, q_column, q_mask, 3, TAPS)
-    k1 = old_inputs(row, k_column, q_mask, 1, TAPS)
-    k2 = old_inputs(row, k_column, q_mask, 2, TAPS)
-    k3 = old_inputs(row, k_column, q_mask, 3, TAPS)
-    v1 = old_inputs(row, v_column, v_mask, 1, TAPS)
-    v2 = old_inputs(row, v_column, v_mask, 2, TAPS)
-    v3 = old_inputs(row, v_column, v_mask, 3, TAPS)
+    q1, q2, q3 = old_inputs(row, q_column, q_mask, TAPS)
+    k1, k2, k3 = old_inputs(row, k_column, q_mask, TAPS)
+    v1, v2, v3 = old_inputs(row, v_column, v_mask, TAPS)
+    q_taps = taps_of(conv_weight, q_column, held, TAPS)
+    k_taps = taps_of(conv_weight, k_column, held, TAPS)
+    v_taps = taps_of(conv_weight, v_column, inside, TAPS)
+    factor = tl.zeros([BLOCK], tl.float32)
+    if HAS_NORM:
+        factor = tl.load(norm_weight + channel, mask=inside, other=0.0).to(tl.float32)
     log_rate = tl.load(a_log + head) if HAS_GATES else 0.0
     bias = tl.load(dt_bias + head) if HAS_GATES else 0.0
     if PDL:
@@ -139,23 +143,28 @@ def conv_delta_kernel(
         last = last & (count == sharing - 1)
         tl.store(arrivals + sequence * GROUPS + group, 0, mask=count == sharing - 1)
 
+    column = head * VALUES + channel
     token = start
     while token < stop:
         at = token.to(tl.int64)
         q0 = tl.load(x + at * x_stride + q_column, mask=held, other=0.0).to(tl.float32)
         k0 = tl.load(x + at * x_stride + k_column, mask=held, other=0.0).to(tl.float32)
         v0 = tl.load(x + at * x_stride + v_column, mask=inside, other=0.0).to(tl.float32)
+        opening = v0
+        if HAS_NORM:
+            opening = tl.load(gate + at * gate_stride + column, mask=inside, other=0.0)
+            opening = opening.to(tl.float32)
         decay = tl.load(g + at * g_stride + head).to(tl.float32)
         strength = tl.load(beta + at * beta_stride + head).to(tl.float32)
         decay, strength = gates(
             decay, strength, log_rate, bias, HAS_GATES, beta.dtype.element_ty
         )
-        reads = convolved(q0, q1, q2, q3, conv_weight, conv_bias, q_column, held, TAPS, HAS_BIAS,
-                            ACTIVATION, narrow)  # fmt: skip
-        writes = convolved(k0, k1, k2, k3, conv_weight, conv_bias, k_column, held, TAPS,
-                             HAS_BIAS, ACTIVATION, narrow)  # fmt: skip
-        value = convolved(v0, v1, v2, v3, conv_weight, conv_bias, v_column, inside, TAPS,
-                            HAS_BIAS, ACTIVATION, narrow)  # fmt: skip
+        reads = convolved(q0, q1, q2, q3, q_taps, conv_bias, q_column, held, conv_weight,
+                          HAS_BIAS, ACTIVATION, narrow)  # fmt: skip
+        writes = convolved(k0, k1, k2, k3, k_taps, conv_bias, k_column, held, conv_weight,
+                           HAS_BIAS, ACTIVATION, narrow)  # fmt: skip
+        value = convolved(v0, v1, v2, v3, v_taps, conv_bias, v_column, inside, conv_weight,
+                          HAS_BIAS, ACTIVATION, narrow)  # fmt: skip
         reads = unit_length(reads, NORMALIZE) * scale
         writes = unit_length(writes, NORMALIZE)
         # q (d S + k c) is d (q S) + (q k) c: both sums over keys are of the state as it was.
@@ -165,11 +174,8 @@ def conv_delta_kernel(
         correction = (value - decay * predicted) * strength
         result = decay * seen + tl.sum(reads * writes, axis=0) * correction
         kept = kept * decay + writes[:, None] * correction[None, :]
-        column = head * VALUES + channel
         if HAS_NORM:
-            opening = tl.load(gate + at * gate_stride + column, mask=inside, other=0.0)
-            factor = tl.load(norm_weight + channel, mask=inside, other=0.0).to(tl.float32)
-            result = norm_and_gate(result, opening.to(tl.float32), factor, eps, VALUES, narrow,
+            result = norm_and_gate(result, opening, factor, eps, VALUES, narrow,
                                    norm_weight.dtype.element_ty)  # fmt: skip
         tl.store(out + at * (HEADS * VALUES) + column, result.to(narrow), mask=inside)
         q3, q2, q1 = q2, q1, q0
@@ -183,7 +189,7 @@ def conv_delta_kernel(
     keep_inputs(row, k_column, held & last, k1, k2, k3, TAPS)
     past_end = sequence >= tl.load(cu_q + sequences)
     nothing = tl.zeros([BLOCK], tl.float32).to(narrow)
-    place = out + sequence.to(tl.int64) * (HEADS * VALUES) + head * VALUES + channel
+    place = out + sequence.to(tl.int64) * (HEADS * VALUES) + column
     tl.store(place, nothing, mask=inside & past_end)
 
 
