@@ -1,6 +1,6 @@
 """Finds an RMS norm of a tensor that is multiplied with an activated gate, written out in ops.
 
-    h = float(y); h = h * rsqrt(mean(h ** 2) + eps); out = (weight * half(h)) * silu(float(z))
+h = float(y); h = h * rsqrt(mean(h ** 2) + eps); out = (weight * half(h)) * silu(float(z))
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ VIEWS = frozenset(
 )  # fmt: skip
 """The same numbers in the same order in another shape."""
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
-_MOVES = VIEWS | {
+MOVES = VIEWS | {
     aten.transpose.int, aten.permute.default, aten.split_with_sizes.default, aten.split.Tensor,
     aten.chunk.default, aten.slice.Tensor, aten.narrow.default, aten.repeat_interleave.self_int,
-    aten.expand.default, aten.clone.default, aten.contiguous.default, operator.getitem,
+    aten.expand.default, aten.clone.default, aten.contiguous.default, aten.cat.default,
+    operator.getitem,
 }  # fmt: skip
 
 
@@ -49,19 +50,34 @@ def operands(node: Any, target: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield second, first
 
 
-def only_reader(node: fx.Node) -> fx.Node | None:
-    """The one node that reads a tensor, past views that it alone reads."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if not is_call(user, *VIEWS):
-            return user
-        node = user
-    return None
+def negated_exponent(node: Any) -> fx.Node | None:
+    """The weight [H] of -exp(weight), in float32."""
+    if not is_call(node, aten.neg.default) or not is_call(node.args[0], aten.exp.default):
+        return None
+    weight = behind_casts(node.args[0].args[0])
+    single = node.meta["val"].dtype is torch.float32
+    return weight if single and weight.op == "get_attr" and weight.meta["val"].dim() == 1 else None
 
 
 def leads_only_to(node: fx.Node, goal: fx.Node) -> bool:
     """Whether nothing but `goal` reads a tensor, past ops that only move its numbers."""
     return all(
-        user is goal or (is_call(user, *_MOVES) and leads_only_to(user, goal))
-        for user in node.users
+        user is goal or (is_call(user, *MOVES) and leads_only_to(user, goal)) for user in node.users
     )
+
+
+def drop_calls(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erases calls that write to caches, whose work another does now, and what only leads to them.
+
+    Dead code stays where a call has an effect, so it is not left to the driver.
+    """
+    gone = set(nodes)
+    pending = [user for node in nodes for user in node.users]
+    while pending:
+        node = pending.pop()
+        if node not in gone:
+            gone.add(node)
+            pending += node.users
+    for node in reversed(list(graph.nodes)):
+        if node in gone and not node.users:
+            graph.erase_node(node)

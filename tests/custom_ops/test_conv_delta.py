@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(
     not gpu.has_triton() or (DEVICE == "cpu" and not gpu.interpreted()), reason="no triton"
 )
 STEPS = {
-    "decode": ([1, 1, 1], [4, 0, 9]),
-    "padded decode": ([1, 1, 0, 0], [4, 1, 0, 0]),
-    "as many tokens as sequences": ([3, 0, 2, 0, 0], [4, 1, 0, 0, 0]),
-    "mixed": ([12, 1, 0, 9], [0, 3, 2, 5]),
+    "decode": ([1, 1], [0, 9]),
+    "padded decode": ([1, 0], [4, 0]),
+    "as many tokens as sequences": ([3, 0, 1, 0], [4, 1, 0, 0]),
+    "mixed": ([10, 1, 0], [0, 3, 2]),
 }
 FORMS = {
     "whole layer": {},
@@ -85,11 +85,10 @@ def test_a_delta_layer_in_one_kernel_equals_its_parts(form, step, dtype):
     found = chosen.function(*given.values())
     assert found.dtype is expected.dtype
     used = int(given["cu_q"][-1])
-    tolerance = 1e-4 if dtype is torch.float32 else 3e-2
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     assert torch.equal(given["conv_state"], expected_given["conv_state"])
     for ours, theirs in (
         (found[:used], expected[:used]), (given["delta_state"], expected_given["delta_state"]),
     ):  # fmt: skip
-        scale = theirs.float().abs().max()
-        assert (ours.float() - theirs.float()).abs().max() / scale < tolerance
+        assert (ours.float() - theirs.float()).norm() / theirs.float().norm() < tolerance
     assert (found[used:] == 0).all()

@@ -31,7 +31,14 @@ from ..columns import Columns
 from ..gated_norm import GatedNorm, find_gated_norm
 from ..program import Fact, Program
 from ..transform import Site, Transform, is_call, register_transform
-from ..walk import behind_casts, behind_views, leads_only_to, operands
+from ..walk import (
+    behind_casts,
+    behind_views,
+    drop_calls,
+    leads_only_to,
+    negated_exponent,
+    operands,
+)
 
 aten = torch.ops.aten
 
@@ -80,7 +87,7 @@ class FuseConvDelta(Transform):
             node.replace_all_uses_with(fused)
         else:
             _replace_view(program, last, fused)
-        _drop(program.graph, [conv, node])
+        drop_calls(program.graph, [conv, node])
 
 
 def find_convolution(delta: fx.Node, columns: Columns) -> fx.Node | None:
@@ -122,7 +129,7 @@ def _gates(g: fx.Node, beta: fx.Node) -> dict[str, fx.Node] | None:
     if not is_call(strength, aten.sigmoid.default) or not is_call(product, aten.mul.Tensor):
         return None
     for rate, step in (product.args[:2], product.args[1::-1]):
-        a_log = _negated_exponent(rate)
+        a_log = negated_exponent(rate)
         if a_log is None or not is_call(step, aten.softplus.default) or len(step.args) > 1:
             continue
         for a, bias in operands(step.args[0], aten.add.Tensor):
@@ -131,15 +138,6 @@ def _gates(g: fx.Node, beta: fx.Node) -> dict[str, fx.Node] | None:
                 made = {"g": behind_casts(a), "beta": strength.args[0], "a_log": a_log}
                 return made | {"dt_bias": bias} if single else None  # type: ignore[return-value]
     return None
-
-
-def _negated_exponent(node: Any) -> fx.Node | None:
-    """The weight [H] of -exp(weight), in float32."""
-    if not is_call(node, aten.neg.default) or not is_call(node.args[0], aten.exp.default):
-        return None
-    weight = behind_casts(node.args[0].args[0])
-    single = node.meta["val"].dtype is torch.float32
-    return weight if single and weight.op == "get_attr" and weight.meta["val"].dim() == 1 else None
 
 
 def _normed(program: Program, norm: GatedNorm, delta: fx.Node) -> dict[str, Any]:
@@ -157,20 +155,3 @@ def _replace_view(program: Program, old: fx.Node, new: fx.Node) -> None:
     view = program.call(aten.reshape.default, new, shape, before=old, like=old)
     old.replace_all_uses_with(view)
     program.graph.erase_node(old)
-
-
-def _drop(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erases calls that write to caches, whose work another does now, and what only leads to them.
-
-    Dead code stays where a call has an effect, so it is not left to the driver.
-    """
-    gone = set(nodes)
-    pending = [user for node in nodes for user in node.users]
-    while pending:
-        node = pending.pop()
-        if node not in gone:
-            gone.add(node)
-            pending += node.users
-    for node in reversed(list(graph.nodes)):
-        if node in gone and not node.users:
-            graph.erase_node(node)
