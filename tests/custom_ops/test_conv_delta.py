@@ -1,4 +1,4 @@
-"""Gated delta layers as one op: one kernel for decoding, several for prompts, against references."""
+"""Gated delta layers as one op: one kernel for decoding, several for prompts, as the reference."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""State-space layers as one op: one kernel for decoding, several for prompts, against references."""
+"""State-space layers as one op: one kernel for decoding, several for prompts, as the reference."""
 
 from contextlib import nullcontext
 
