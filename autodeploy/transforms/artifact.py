@@ -116,7 +116,7 @@ def store(
             weight.shape,
             weight.dimension,
             weight.order,
-        )  # fmt: skip
+        )
         for name, weight in program.weights.items()
     }
     stored = StoredProgram(
