@@ -37,9 +37,8 @@ def find_gated_norm(node: fx.Node) -> GatedNorm | None:
         rows = next(iter(rows.users))
     if rows.meta["val"].shape[-1] != width:
         return None
-    if dtype is not torch.float32:
-        rows = _only(rows, aten._to_copy.default)
-    normed, eps = _normed(rows)
+    single = rows if dtype is torch.float32 else _only(rows, aten._to_copy.default, torch.float32)
+    normed, eps = _normed(single)
     if dtype is not torch.float32:
         normed = _only(normed, aten._to_copy.default, dtype)
     weighted = _only(normed, aten.mul.Tensor)
@@ -47,7 +46,7 @@ def find_gated_norm(node: fx.Node) -> GatedNorm | None:
     if weight is None or weight.op != "get_attr" or weight.meta["val"].shape != (width,):
         return None
     product = _only(weighted, aten.mul.Tensor)
-    active = _other(product, weighted)
+    active: Any = _other(product, weighted)
     if not is_call(active, aten.silu.default) or active.meta["val"].dtype is not torch.float32:
         return None
     last = product if dtype is torch.float32 else _only(product, aten._to_copy.default, dtype)
@@ -82,7 +81,7 @@ def _only(node: fx.Node | None, target: Any, dtype: torch.dtype | None = None) -
     if node is None or len(node.users) != 1:
         return None
     (user,) = node.users
-    made = user.meta.get("val")
+    made: Any = user.meta.get("val")
     if not is_call(user, target) or (dtype is not None and made.dtype is not dtype):
         return None
     return user

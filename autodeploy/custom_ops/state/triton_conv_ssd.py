@@ -57,6 +57,7 @@ def scan_layer(
     log_rates: bool = False,
     tile: int = _TILE,
     num_warps: int = 4,
+    registers: int = 0,
 ) -> Tensor:
     """As `conv_ssd_scan`; at most 4 taps, N at most 1024."""
     heads, width, entries = ssm_state.shape[1:]
@@ -80,6 +81,7 @@ def scan_layer(
     out = torch.empty((sequences, heads, width), dtype=torch.float32, device=x.device)
     block_state = power_of_two(entries)
     block = min(power_of_two(width), max(1, tile // block_state))
+    options = launch_options() | ({"maxnreg": registers} if registers else {})
     # An absent tensor is never read; any pointer stands for it.
     conv_ssd_kernel[(heads * -(-width // block), sequences)](
         x, weight, weight if conv_bias is None else conv_bias, dt, A, A if D is None else D,
@@ -90,7 +92,7 @@ def scan_layer(
         TAPS=weight.shape[1], HAS_CONV_BIAS=conv_bias is not None,
         ACTIVATION={"swish": "silu", None: "linear"}.get(activation, activation),
         LOG_RATES=log_rates, HAS_D=D is not None, HAS_BIAS=dt_bias is not None,
-        SOFTPLUS=dt_softplus, HAS_GATE=gate is not None, num_warps=num_warps, **launch_options(),
+        SOFTPLUS=dt_softplus, HAS_GATE=gate is not None, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

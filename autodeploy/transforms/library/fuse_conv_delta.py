@@ -124,8 +124,8 @@ def _bound(conv: fx.Node) -> dict[str, Any]:
 
 def _gates(g: fx.Node, beta: fx.Node) -> dict[str, fx.Node] | None:
     """What decays and strengths are made of, if it is what `delta_gates` makes them of."""
-    strength = behind_views(beta)
-    product = behind_views(g)
+    strength: Any = behind_views(beta)
+    product: Any = behind_views(g)
     if not is_call(strength, aten.sigmoid.default) or not is_call(product, aten.mul.Tensor):
         return None
     for rate, step in (product.args[:2], product.args[1::-1]):
@@ -136,7 +136,7 @@ def _gates(g: fx.Node, beta: fx.Node) -> dict[str, fx.Node] | None:
             if bias.op == "get_attr" and bias.meta["val"].dim() == 1:
                 single = step.meta["val"].dtype is torch.float32
                 made = {"g": behind_casts(a), "beta": strength.args[0], "a_log": a_log}
-                return made | {"dt_bias": bias} if single else None  # type: ignore[return-value]
+                return made | {"dt_bias": bias} if single else None
     return None
 
 
@@ -150,8 +150,9 @@ def _normed(program: Program, norm: GatedNorm, delta: fx.Node) -> dict[str, Any]
 
 def _replace_view(program: Program, old: fx.Node, new: fx.Node) -> None:
     """Puts `new`, which has the numbers of `old` in another shape, in place of it."""
-    width = old.meta["val"].shape[-1]
-    shape = [-1, width] if old.meta["val"].dim() == 2 else [1, -1, *new.meta["val"].shape[1:]]
+    _, heads, width = new.meta["val"].shape
+    shapes = {2: [-1, width], 3: [-1, heads, width], 4: [1, -1, heads, width]}
+    shape = shapes[old.meta["val"].dim()]
     view = program.call(aten.reshape.default, new, shape, before=old, like=old)
     old.replace_all_uses_with(view)
     program.graph.erase_node(old)
