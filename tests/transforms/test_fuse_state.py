@@ -1,4 +1,4 @@
-"""fuse_conv_delta, fuse_conv_ssd and arrange_columns rewrite, spare near misses, hold elsewhere."""
+"""Transforms around states and their projections rewrite, spare near misses, hold elsewhere."""
 
 import pytest
 import torch
@@ -132,3 +132,37 @@ def test_columns_that_would_be_gathered_are_put_in_order(read, width, matches, b
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
     widths = {w.shape[0] for n, w in program.weights.items() if n.endswith("_ordered")}
     assert widths == ({-(-width // 4) * 4} if matches else set())
+
+
+class Scaled(nn.Module):
+    """A gated product of rows, each times a number of its own, as `scale` says."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+        self.gate, self.outer = nn.Linear(64, 1), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        return self.scale(self, x)
+
+
+@pytest.mark.parametrize(
+    ("scale", "matches"),
+    [
+        (lambda self, x: torch.sigmoid(self.gate(x)) * self.outer(torch.tanh(x) * x), 1),
+        (lambda self, x: self.outer(torch.tanh(x) * x) * torch.sigmoid(self.gate(x)), 1),
+        (lambda self, x: torch.sigmoid(x) * self.outer(torch.tanh(x) * x), 0),
+        (lambda self, x: torch.sigmoid(self.gate(x)) * self.outer(torch.tanh(x)), 0),
+    ],
+    ids=["before", "after", "whole rows", "no pass to join"],
+)
+def test_a_number_per_row_is_multiplied_before_the_product(scale, matches):
+    scaled = Scaled(scale)
+    model = Small(lambda self, hidden: self.scaled(hidden))
+    model.scaled = scaled
+    program = program_of(model, "canonicalize")
+    before = [logits(program, 5, 3), logits(program, 9)]
+    report = run_step(program, Step("f", TRANSFORMS["fold_row_scale"](**ON_CPU)))
+    assert report.matches == matches
+    for after, expected in zip((logits(program, 5, 3), logits(program, 9)), before, strict=True):
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
