@@ -115,9 +115,12 @@ def _load_turn(cos_ptr, sin_ptr, g, d, HALF: tl.constexpr, INTERLEAVED: tl.const
 def _turn(
     own, other, weight, other_weight, cos, sin, d, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    FIRST: tl.constexpr, DTYPE: tl.constexpr,
+    FIRST: tl.constexpr, DTYPE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart: DTYPE."""
+    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart.
+
+    To DTYPE; products with cosines and sines to theirs, TABLE, first.
+    """
     y = own
     if NORM:
         scale = tl.rsqrt(tl.sum(own * own, 1, keep_dims=True) / D + eps)
@@ -126,7 +129,7 @@ def _turn(
             other = weighted(other, scale, other_weight, offset, WEIGHT, FIRST, DTYPE)
     if HALF > 0:
         # Products are rounded before the sum, as by torch; the compiler may spare one of them.
-        turned = (y * cos).to(DTYPE).to(tl.float32) + (other * sin).to(DTYPE).to(tl.float32)
+        turned = (y * cos).to(TABLE).to(tl.float32) + (other * sin).to(TABLE).to(tl.float32)
         y = tl.where(d < 2 * HALF, turned, y)
     return y.to(DTYPE)
 
@@ -219,6 +222,7 @@ def rotary_decode_kernel(
     first one that are asked for before the wait.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    TABLE: tl.constexpr = cos_ptr.dtype.element_ty
     program = tl.program_id(0)
     split = program % splits
     kv_head = (program // splits) % HKV
@@ -284,13 +288,13 @@ def rotary_decode_kernel(
     )
     q = _turn(
         q_own, q_other, q_weight, q_other_weight, cos, sin, d, q_eps, offset, D, HALF, Q_NORM,
-        Q_WEIGHT, FIRST, DTYPE,
+        Q_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
     query = tl.zeros([BLOCK_G], tl.int32) + position
     # No branch: every program loads the new key, or the load would wait for the queries.
     k_new = _turn(
         k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-        K_WEIGHT, FIRST, DTYPE,
+        K_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
     own_score = _own_score(q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI)
     own_score = tl.where(last, own_score, float("-inf"))
@@ -337,7 +341,7 @@ def rotary_decode_kernel(
         k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
         k_new = _turn(
             k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-            K_WEIGHT, FIRST, DTYPE,
+            K_WEIGHT, FIRST, DTYPE, TABLE,
         )  # fmt: skip
         s = _own_score(
             q, k_new, known - end + earlier, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
