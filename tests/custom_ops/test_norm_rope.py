@@ -5,12 +5,20 @@ import shutil
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    apply_rotary_emb as heads_first_complex,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    apply_rotary_pos_emb_interleave as deepseek_rotary,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
 from transformers.models.helium.modeling_helium import apply_rotary_pos_emb as helium_rotary
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as tokens_first_complex
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from autodeploy.custom_ops.norm import rms_norm
@@ -18,11 +26,13 @@ from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.rope import rope
 from autodeploy.ladder import build_runner
 from autodeploy.transforms.capture.norms import prove_rms_norm
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb as heads_first_complex
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave as deepseek_rotary
-from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
-from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as tokens_first_complex
-from autodeploy.transforms.capture.rotary import Form, prove_complex, prove_rope, returns_dtype_of_heads, turn
+from autodeploy.transforms.capture.rotary import (
+    Form,
+    prove_complex,
+    prove_rope,
+    returns_dtype_of_heads,
+    turn,
+)
 from autodeploy.transforms.recipe import load_recipe
 
 
@@ -231,5 +241,6 @@ def test_a_product_of_complex_numbers_is_a_rotation(dtype):
     q, k = torch.randn(1, 4, 9, 16).to(dtype), torch.randn(1, 1, 9, 16).to(dtype)
     expected = heads_first_complex(q, k, torch.polar(torch.ones_like(angles), angles))
     found = turn(q, k, angles.cos(), angles.sin(), Form(True, once=True), 1, True)
+    close = {"rtol": 1e-2 if dtype is torch.bfloat16 else 1e-6, "atol": 1e-6}
     for ours, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, wanted, **close)

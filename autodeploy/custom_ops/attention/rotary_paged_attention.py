@@ -52,8 +52,8 @@ def rotary_paged_attention(
 
     q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv] may be views of one projection's rows. A norm
     is applied where its eps is given, with or without the weight q_norm or k_norm [D]; cos and
-    sin [1, T, R] with R <= D, or neither; heads keep their dtype. Between its parts the result has the dtypes, and so the
-    rounding, of the three ops one after the other.
+    sin [1, T, R] with R <= D, or neither; heads keep their dtype. Between its parts the result has
+    the dtypes, and so the rounding, of the three ops one after the other.
     """
     if q_eps is not None:
         q = rms_norm(q, q_norm, q_eps, norm_offset, cast_before_weight)

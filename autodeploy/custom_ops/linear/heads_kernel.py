@@ -33,6 +33,4 @@ def heads_linear_kernel(
     x = tl.load(x_at, mask=(t < tokens)[:, None] & (k < K)[None, :], other=0.0)
     y = tl.dot(x, weight, input_precision=PRECISION)
     out_at = out_ptr + tl.cast(t, tl.int64)[:, None] * out_token + head * out_head + n[None, :]
-    tl.store(
-        out_at, y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < N)[None, :]
-    )
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < N)[None, :])

@@ -32,9 +32,7 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _cost(arguments: Mapping[str, Any]) -> Cost:
     weight = arguments["weight"]
-    return Cost(
-        weight_bytes=weight.numel() * weight.dtype.itemsize, token_flops=2 * weight.numel()
-    )
+    return Cost(weight_bytes=weight.numel() * weight.dtype.itemsize, token_flops=2 * weight.numel())
 
 
 heads_linear.cost = _cost

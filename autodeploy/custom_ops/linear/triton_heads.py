@@ -25,11 +25,13 @@ class HeadTiles:
     warps: int
 
 
-def head_tiles(tokens: int, heads: int, width: int, inner: int, itemsize: int, device: torch.device) -> HeadTiles:  # fmt: skip
+def head_tiles(
+    tokens: int, heads: int, width: int, inner: int, itemsize: int, device: torch.device
+) -> HeadTiles:
     """Tiles for weights [heads, width, inner]."""
     block_t = 16 if tokens <= 16 else 32
-    # 16 KiB of a weight are 32 registers a thread. No more programs than there are places for two
-    # a multiprocessor, or weights are read sooner by fewer.
+    # 16 KiB of a weight are 32 registers a thread. Less, where every multiprocessor then has some:
+    # weights are read before the wait, and the sooner the more programs share them.
     rows = max(16, 16384 // (_power(inner) * itemsize))
     blocks = -(-tokens // block_t) * heads
     while rows > 16 and blocks * -(-width // rows) < gpu.multiprocessors(device.index or 0):
@@ -56,9 +58,9 @@ def multiply_heads(
     pdl = gpu.overlaps_launches()
     heads_linear_kernel[(-(-width // cut.rows), heads, -(-tokens // cut.tokens))](
         x, weight, out, tokens, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
-        N=width, K=inner, BLOCK_T=cut.tokens, BLOCK_N=max(16, cut.rows), BLOCK_K=max(16, _power(inner)),
-        PRECISION="tf32x3" if x.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
-        **({"launch_pdl": True} if pdl else {}),
+        N=width, K=inner, BLOCK_T=cut.tokens, BLOCK_N=max(16, cut.rows),
+        BLOCK_K=max(16, _power(inner)), PRECISION="tf32x3" if x.dtype is torch.float32 else "tf32",
+        PDL=pdl, num_warps=cut.warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

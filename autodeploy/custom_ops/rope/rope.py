@@ -57,7 +57,5 @@ def _(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     interleaved: bool = False, unsqueeze_dim: int = 1, cast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    own, other = (
-        x.dtype if cast else torch.promote_types(x.dtype, cos.dtype) for x in (q, k)
-    )
+    own, other = (x.dtype if cast else torch.promote_types(x.dtype, cos.dtype) for x in (q, k))
     return q.new_empty(q.shape, dtype=own), k.new_empty(k.shape, dtype=other)

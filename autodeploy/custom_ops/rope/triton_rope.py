@@ -67,7 +67,7 @@ def turn_heads(
     """Normalises and turns q [T, Hq, D] into q_out, and k [T, Hkv, D] into k_out or its pages.
 
     cos and sin [1, T, R] or neither. Tensors may have any strides but in their last dimension,
-    where it is 1; all have one dtype but slot, which is int64, and cos and sin, which may be float32.
+    where it is 1; all have one dtype but slot, which is int64, and the table, maybe float32.
     """
     from .rotary_kernel import turn_heads_kernel
 

@@ -52,7 +52,7 @@ def intercept_rotary(scope: Interception, model: nn.Module) -> None:
             if parameters[:4] == _TABLE:
                 form = prove_rope(original)
                 if form is not None:
-                    casts = returns_dtype_of_heads(original)
+                    casts = returns_dtype_of_heads(original, 8 if form.once else 16)
                     scope.set_attribute(module, name, _replacement(original, form, casts))
             elif parameters == _COMPLEX:
                 dimension = prove_complex(original)
@@ -131,7 +131,8 @@ def prove_rope(function: Callable[..., Any]) -> Form | None:
         results = {width: _result(function, q, k, *table) for width, table in tables.items()}
 
         def holds(form: Form, width: int) -> bool:
-            return _same(turn(q, k, *tables[width], form), results[width])
+            cos, sin = tables[width]
+            return _same(turn(q, k, cos, sin, form), results[width])
 
         matching = []
         for form in _FORMS:
@@ -175,16 +176,17 @@ def _result(function: Callable[..., Any], *args: torch.Tensor) -> Any:
         return None
 
 
-def returns_dtype_of_heads(function: Callable[..., Any]) -> bool:
-    """Whether heads turned by a table of a wider dtype come back in their own."""
+def returns_dtype_of_heads(function: Callable[..., Any], columns: int = 16) -> bool:
+    """Whether heads of 16 turned by a table of a wider dtype come back in their own."""
     with _disable_current_modes(), torch.no_grad():
-        heads, table = torch.ones(1, 2, 3, 16, dtype=torch.bfloat16), torch.ones(1, 3, 16)
+        heads, table = torch.ones(1, 2, 3, 16, dtype=torch.bfloat16), torch.ones(1, 3, columns)
         turned = function(heads, heads, table, table)
     return bool(turned[0].dtype is heads.dtype)
 
 
 def _same(found: tuple[torch.Tensor, ...], expected: Any) -> bool:
     return len(expected) == len(found) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5 if a.dtype is torch.float32 else 1e-2, atol=1e-6)
+        a.shape == b.shape
+        and torch.allclose(a, b, rtol=1e-5 if a.dtype is torch.float32 else 1e-2, atol=1e-6)
         for a, b in zip(found, expected, strict=True)
     )

@@ -108,10 +108,8 @@ def find_latent_heads(program: Program, node: fx.Node) -> LatentHeads | None:
 
 def _beside(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two tensors [T, H, ..] that a tensor of rows is put together from."""
-    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2:  # type: ignore[arg-type]
-        return None
-    first, second = node.args[0]  # type: ignore[misc]
-    return (first, second) if node.args[1] in (-1, 2) else None  # type: ignore[return-value]
+    parts: Any = node.args[0] if is_call(node, aten.cat.default) else ()
+    return (parts[0], parts[1]) if len(parts) == 2 and node.args[1] in (-1, 2) else None
 
 
 def _normed(program: Program, latent: Order) -> tuple[Order, dict[str, Any]]:
@@ -137,7 +135,8 @@ def _turned(
     """Queries and keys before their rotation, and its arguments; themselves if there is none."""
     columns = Columns(program)
     q, k = (_source(columns, node, index) for index, node in enumerate((q_rest, rest)))
-    plain = through_views(Order.of(q_rest)), through_views(Order.of(rest)), {}
+    none: dict[str, Any] = {}
+    plain = through_views(Order.of(q_rest)), through_views(Order.of(rest)), none
     if q is None or k is None or q[0] is not k[0] or not torch.equal(q[1], k[1]):
         return plain
     turned = rope.bind(q[0].args, q[0].kwargs)
@@ -151,11 +150,9 @@ def _turned(
     )
     if not all(kept) or not whole:
         return plain
-    axes: Axes = (
-        (None, "h", "t", "d") if turned["unsqueeze_dim"] == 1 else (None, "t", "h", "d")
-    )
-    heads = (through_views(Order(turned[name], axes)) for name in ("q", "k"))
-    return *heads, {name: turned[name] for name in ("cos", "sin", "interleaved")}
+    axes: Axes = (None, "h", "t", "d") if turned["unsqueeze_dim"] == 1 else (None, "t", "h", "d")
+    queries, keys = (through_views(Order(turned[name], axes)) for name in ("q", "k"))
+    return queries, keys, {name: turned[name] for name in ("cos", "sin", "interleaved")}
 
 
 def _source(columns: Columns, node: fx.Node, index: int) -> tuple[fx.Node, torch.Tensor] | None:
@@ -173,7 +170,7 @@ def _source(columns: Columns, node: fx.Node, index: int) -> tuple[fx.Node, torch
     turn = result.args[0]
     heads, width = places.shape
     order = places - width * torch.arange(heads)[:, None]
-    ordered = torch.equal(order.sort(1).values, torch.arange(width).expand(heads, width))
-    if not is_call(turn, rope.overload) or not ordered or not torch.equal(order, order[:1].expand_as(order)):
+    whole = torch.equal(order[0].sort().values, torch.arange(width))
+    if not is_call(turn, rope.overload) or not whole or bool((order != order[:1]).any()):
         return None
     return turn, order[0]  # type: ignore[return-value]
