@@ -114,9 +114,12 @@ def _load_turn(cos_ptr, sin_ptr, g, d, HALF: tl.constexpr, INTERLEAVED: tl.const
 def _turn(
     own, other, weight, other_weight, cos, sin, d, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    FIRST: tl.constexpr, DTYPE: tl.constexpr,
+    FIRST: tl.constexpr, DTYPE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart: DTYPE."""
+    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart.
+
+    To DTYPE; products with cosines and sines to theirs, TABLE, first.
+    """
     y = own
     if NORM:
         scale = tl.rsqrt(tl.sum(own * own, 1, keep_dims=True) / D + eps)
@@ -125,7 +128,7 @@ def _turn(
             other = weighted(other, scale, other_weight, offset, WEIGHT, FIRST, DTYPE)
     if HALF > 0:
         # Products are rounded before the sum, as by torch; the compiler may spare one of them.
-        turned = (y * cos).to(DTYPE).to(tl.float32) + (other * sin).to(DTYPE).to(tl.float32)
+        turned = (y * cos).to(TABLE).to(tl.float32) + (other * sin).to(TABLE).to(tl.float32)
         y = tl.where(d < 2 * HALF, turned, y)
     return y.to(DTYPE)
 
@@ -245,6 +248,7 @@ def rotary_decode_kernel(
     one that are asked for before the wait.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    TABLE: tl.constexpr = cos_ptr.dtype.element_ty
     kv_head = tl.program_id(0)
     token = tl.program_id(1)
     split = tl.program_id(2)
@@ -325,13 +329,13 @@ def rotary_decode_kernel(
     v_new = tl.load(v_ptr + row * v_token + kv_head * v_head + dv, mask=dv < DV, other=0.0)
     q = _turn(
         q_own, q_other, q_weight, q_other_weight, cos, sin, d, q_eps, offset, D, HALF, Q_NORM,
-        Q_WEIGHT, FIRST, DTYPE,
+        Q_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     # No branch: every program loads the new key, or the load would wait for the queries.
     k_new = _turn(
         k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-        K_WEIGHT, FIRST, DTYPE,
+        K_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
     # The new key is the first of the last range.
     own_score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
@@ -383,7 +387,7 @@ def rotary_decode_kernel(
             )
             k_earlier = _turn(
                 k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF,
-                K_NORM, K_WEIGHT, FIRST, DTYPE,
+                K_NORM, K_WEIGHT, FIRST, DTYPE, TABLE,
             )  # fmt: skip
             score = tl.sum(q.to(tl.float32) * k_earlier.to(tl.float32), 1)
             score = unit * _shape(score, earlier - token, slope, scale, softcap, SOFTCAP, ALIBI)
