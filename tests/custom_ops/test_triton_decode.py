@@ -175,8 +175,8 @@ def test_ranges_leave_nothing_behind_and_meet_in_one_order():
 
 @pytest.mark.parametrize("merge", [1, 16, 128])
 def test_ranges_meet_all_at_once_or_in_turn(merge):
-    arguments = step(lengths=(300, 1, 97), group=5, width=32)
-    check(arguments, with_tiles(triton_decode.Tiles(16, 1, 120, 4, merge=merge)))
+    arguments = step(lengths=(120, 1, 40), group=5)
+    check(arguments, with_tiles(triton_decode.Tiles(16, 1, 48, 4, merge=merge)))
 
 
 def test_steps_that_are_not_held_take_two_launches():
