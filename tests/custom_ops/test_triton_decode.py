@@ -130,6 +130,13 @@ def test_heads_of_sixteen_bits(turn, dtype):
     check(step(turn=turn, dtype=dtype, width=32, group=4))
 
 
+@pytest.mark.parametrize("turn", ["turned", "a part in pairs"])
+def test_a_table_in_float32_turns_heads_of_sixteen_bits(turn):
+    arguments = step(turn=turn, dtype=torch.bfloat16)
+    arguments |= {name: arguments[name].float() for name in ("cos", "sin")}
+    check(arguments)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("counts", COUNTS[:3])
 def test_every_form_of_attention(form, counts):

@@ -81,6 +81,13 @@ def test_heads_of_another_dtype_than_their_table_are_left_to_the_reference():
     q = numbers(1, 2, 3, 8, dtype=torch.bfloat16, seed=0)
     table = numbers(1, 3, 8, dtype=torch.float32, seed=1)
     assert implementation(rope, q, q, table, table).name == "reference"
+    # Unless they are to come back as they were.
+    given = (q, q, table, table, False, 1, True)
+    chosen = implementation(rope, *given)
+    assert chosen.name == "triton"
+    for found, expected in zip(chosen.function(*given), rope.reference(*given), strict=True):
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 class Step:
@@ -156,6 +163,14 @@ def test_normed_and_turned_heads_reach_their_pages(dtype, interleaved, offset, c
         **step.turn(interleaved=interleaved),
         **step.weighted(norm_offset=offset, cast_before_weight=cast_first),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_table_in_float32_turns_heads_of_16_bits(dtype, interleaved):
+    step = Step(dtype)
+    step.table = [t.float() for t in step.table]
+    step.check(**step.turn(interleaved=interleaved), **step.weighted())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
