@@ -39,16 +39,19 @@ def prefetch_state(
 
     Programs are numbered by heads, then sequences; the last ones ask for what is there already.
     """
-    PIECE: tl.constexpr = NUMBERS // 128
+    PIECE: tl.constexpr = NUMBERS // 8
     later = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + AHEAD
     sequence = tl.minimum(later // tl.num_programs(0), sequences - 1)
     slot = tl.load(state_slot + sequence).to(tl.int64)
     start = state + slot * slot_stride + later % tl.num_programs(0) * NUMBERS
-    address = start + tl.arange(0, 128) * PIECE
+    # Threads of a warp take turns at this, so few of them ask, each for much.
+    lane = tl.arange(0, 128)
+    address = start + lane // 16 * PIECE
     tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
-        [address.to(tl.int64), tl.full((128,), 4 * PIECE, tl.int32)],
+        [address.to(tl.int64), tl.where(lane % 16 == 0, 4 * PIECE, 0)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

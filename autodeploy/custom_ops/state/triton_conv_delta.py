@@ -18,10 +18,10 @@ _MOST_TAPS = 4
 # Numbers of a head's state that one program holds: all of it where a norm needs all values.
 _MOST_STATE = 256 * 128
 _TILE = 4096
-# Programs that a multiprocessor holds at a time, of four warps with all the registers they can have.
+# Programs that a multiprocessor holds at a time: of four warps with all registers a thread has.
 _RESIDENT = 2
-# A state is asked for in so many parts, of 16 bytes or a multiple, times 4 bytes of a number.
-_PIECES = 128 * 4
+# A state of a multiple of so many numbers is asked for in 8 parts of a multiple of 16 bytes.
+_PIECES = 8 * 4
 # Numbers that one program of the kernels around a prompt's recurrence works on.
 _ROWS_TILE = 4096
 
