@@ -67,21 +67,15 @@ def test_a_state_space_layer_is_one_op_between_its_projections():
 
 def test_a_state_space_layer_in_bfloat16_is_three_ops_around_a_float32_stream():
     model = tiny_model("mamba2").bfloat16()
-    program = capture(model)
-    report = run_recipe(program, RECIPE)
+    program, matches = deployed(model)
     layers = model.config.num_hidden_layers
-    assert {s.id: s.matches for s in report.steps}["fuse_norm"] == layers
+    assert matches["fuse_norm"] == layers
     assert not calls_of(program, "rms_norm")
     # Only the embeddings are widened, and the logits.
     assert count(program, aten._to_copy.default) == 2
     assert count(program, aten.add.Tensor) == 0
-    sums = [n for n in program.graph.nodes if n.meta["val"].dtype is torch.float32
-            and n.meta.get("op") == "fused_linear"]  # fmt: skip
+    sums = [n for n in calls_of(program, "fused_linear") if n.meta["val"].dtype is torch.float32]
     assert len(sums) + len(calls_of(program, "add_linear")) == layers
-    step = [logits(program, n) for n in (5, 1)]
-    for found, tokens in zip(step, (5, 1), strict=True):
-        assert found.isfinite().all()
-        assert found.shape[0] == tokens
 
 
 def test_other_devices_are_spared_unless_asked_for():
