@@ -38,7 +38,7 @@ def find_gated_norm(node: fx.Node) -> GatedNorm | None:
     if rows.meta["val"].shape[-1] != width:
         return None
     single = rows if dtype is torch.float32 else _only(rows, aten._to_copy.default, torch.float32)
-    normed, eps = _normed(single)
+    normed, eps = find_normed(single)
     if dtype is not torch.float32:
         normed = _only(normed, aten._to_copy.default, dtype)
     weighted = _only(normed, aten.mul.Tensor)
@@ -60,7 +60,7 @@ def find_gated_norm(node: fx.Node) -> GatedNorm | None:
     return GatedNorm(last, gate, weight, eps)
 
 
-def _normed(rows: fx.Node | None) -> tuple[fx.Node | None, float]:
+def find_normed(rows: fx.Node | None) -> tuple[fx.Node | None, float]:
     """rows * rsqrt(mean(rows ** 2) + eps), and eps."""
     if rows is None or len(rows.users) != 2:
         return None, 0.0

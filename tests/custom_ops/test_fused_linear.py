@@ -80,7 +80,9 @@ def assert_close(found, given):
     wanted = exact(given)
     ours = (found.float() - wanted).norm() / wanted.norm()
     theirs = (fused_linear(**given).float() - wanted).norm() / wanted.norm()
-    assert found.dtype == given["weight"].dtype
+    residual = given["residual"]
+    dtype = given["weight"].dtype
+    assert found.dtype == (dtype if residual is None else residual.dtype)
     assert found.shape == wanted.shape
     cut_off = gpu.interpreted() and found.dtype is torch.bfloat16
     assert ours <= theirs * (10 if cut_off else 2) + 1e-6
@@ -211,6 +213,25 @@ def test_whatever_tiling_is_chosen_equals_the_reference(device, dtype, tokens, f
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 40, 129])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stream_in_float32_is_normed_and_added_to(device, dtype, tokens, bias):
+    form = FORMS["norm"] | {"residual": True, "bias": bias}
+    given = arguments(tokens, 96, 256, form, dtype=dtype, device=device)
+    given |= {name: given[name].float() * 1.001 for name in ("x", "residual")}
+    assert_close(run(given), given)
+    without = given | {"residual": None}
+    assert_close(run(without), without)
+    total = given["residual"].clone()
+    expected = run(given)
+    operands = bound(given | {"residual": None})
+    operands.pop("residual")
+    triton_linear.add_linear_rows(total, **operands)
+    assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_large_numbers_in_float16_stay_in_range(device):
     given = arguments(5, 32, 64, FORMS["norm"], dtype=torch.float16, device=device, scale=2e4)
     given["norm_weight"] *= 20
@@ -280,7 +301,10 @@ def test_the_kernels_are_chosen_where_they_hold():
     if gpu.interpreted():
         with gpu.interpreted_kernels():
             assert chosen() == "triton"
-            assert chosen(residual=torch.zeros(1, 3, 64)) == "reference"
+            assert chosen(residual=torch.zeros(1, 3, 64)) == "triton"
+            assert chosen(residual=torch.zeros(1, 3, 64).half()) == "reference"
+            assert chosen(x=torch.zeros(1, 3, 64)) == "reference"
+            assert chosen(x=torch.zeros(1, 3, 64), norm=True) == "triton"
             assert chosen(**arguments(3, 64, 60, {})) == "reference"
             assert chosen(activation="hardswish") == "triton"
 

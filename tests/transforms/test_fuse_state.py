@@ -15,7 +15,7 @@ from autodeploy.transforms.verify import SequenceCheck, reference_logits
 
 aten = torch.ops.aten
 ON_CPU = {"devices": ("cpu",)}
-NAMES = ("arrange_columns", "fuse_conv_delta", "fuse_conv_ssd")
+NAMES = ("arrange_columns", "fuse_conv_delta", "fuse_conv_ssd", "fuse_norm")
 SUMS = ("fold_row_scale", "fuse_linear", "fuse_expert_sum")
 RECIPE = load_recipe("default", dict.fromkeys((*NAMES, *SUMS), ON_CPU))
 
@@ -63,6 +63,19 @@ def test_a_state_space_layer_is_one_op_between_its_projections():
         assert node.args[7] is not None
         assert node.args[-1] is True
     assert count(program, aten.silu.default) == 0
+
+
+def test_a_state_space_layer_in_bfloat16_is_three_ops_around_a_float32_stream():
+    model = tiny_model("mamba2").bfloat16()
+    program, matches = deployed(model)
+    layers = model.config.num_hidden_layers
+    assert matches["fuse_norm"] == layers
+    assert not calls_of(program, "rms_norm")
+    # Only the embeddings are widened, and the logits.
+    assert count(program, aten._to_copy.default) == 2
+    assert count(program, aten.add.Tensor) == 0
+    sums = [n for n in calls_of(program, "fused_linear") if n.meta["val"].dtype is torch.float32]
+    assert len(sums) + len(calls_of(program, "add_linear")) == layers
 
 
 def test_other_devices_are_spared_unless_asked_for():

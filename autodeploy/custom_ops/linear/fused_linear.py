@@ -38,7 +38,8 @@ def fused_linear(
     residual + gate(linear(rms_norm(x))), each part if asked for. norm: x is normed first, see
     `rms_norm` for norm_weight [K], eps, norm_offset and cast_before_weight. gated: the first half
     of the product goes through `activation`, a name of `moe.gates.ACTIVATIONS`, and multiplies the
-    second; otherwise all of it does. residual has the result's shape.
+    second; otherwise all of it does. residual has the result's shape; one in float32 makes the
+    result float32. x has the weight's dtype, or is float32 if it is normed.
 
     The reference rounds wherever separate ops do. Implementations may round less: leave a normed
     row or a product in float32 until the residual is added, and round the sum once.
@@ -48,6 +49,7 @@ def fused_linear(
     """
     if norm:
         x = rms_norm.reference(x, norm_weight, eps, norm_offset, cast_before_weight)
+        x = x.to(weight.dtype)
     y = F.linear(x, weight, bias)
     if gated:
         first, second = y.chunk(2, dim=-1)

@@ -82,7 +82,7 @@ def gemv_kernel(
 
     One program makes BLOCK_N columns of all tokens. The next tile of weights is on its way in
     registers while the last one is multiplied. EARLY: bytes of each weight row that are asked for
-    before the wait.
+    before the wait. x is float32, or of the weight's dtype, and so are residual and out.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

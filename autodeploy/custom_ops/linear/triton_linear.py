@@ -29,10 +29,13 @@ def _applies(choice: Choice) -> bool:
         return False
     args = choice.args
     x, weight = args["x"], args["weight"]
-    alike = [args[name] for name in ("weight", "bias", "norm_weight", "residual")]
+    alike = [args[name] for name in ("bias", "norm_weight")]
+    wide = (weight.dtype, torch.float32)
     return (
-        x.dtype in _DTYPES
-        and all(t is None or t.dtype is x.dtype for t in alike)
+        weight.dtype in _DTYPES
+        and x.dtype in (wide if args["norm"] else wide[:1])
+        and all(t is None or t.dtype is weight.dtype for t in alike)
+        and (args["residual"] is None or args["residual"].dtype in wide)
         # Loads of 16 bytes.
         and weight.dim() == 2
         and int(weight.shape[1]) % 8 == 0
@@ -55,7 +58,7 @@ def fused_linear_rows(
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `fused_linear`; all tensors of one 2-byte dtype."""
+    """As `fused_linear`; of one 2-byte dtype, but for x and the residual, which may be float32."""
     return _product(
         x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
         gated, residual,
@@ -76,7 +79,7 @@ def add_linear_rows(
     activation: str = "",
     gated: bool = False,
 ) -> None:
-    """As `add_linear`; all tensors of one 2-byte dtype."""
+    """As `add_linear`; dtypes as for `fused_linear_rows`."""
     form = (norm_weight, norm, eps, norm_offset, cast_before_weight, activation, gated, residual)
     if residual.is_contiguous():
         _product(x, weight, bias, *form, in_place=True)
@@ -103,21 +106,24 @@ def _product(
     tokens = x.numel() // width
     shape = (*x.shape[:-1], rows // 2 if gated else rows)
     if tokens == 0:
-        return x.new_empty(shape)
+        return x.new_empty(shape, dtype=_result_dtype(weight, residual))
     ends = bool(activation) or residual is not None
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors(), ends, norm)
-    # In float16, x times the norm's weight may leave the range that a normed row stays in.
+    # In float16, x times the norm's weight may leave the range that a normed row stays in. Tiles of
+    # float32 would take twice the memory that a tiling counts on.
     apart = tiling.kernel in ("cublas", "wide") or (
-        tiling.kernel == "dot" and (not tiling.norms or x.dtype is torch.float16)
+        tiling.kernel == "dot" and (not tiling.norms or x.dtype is not torch.bfloat16)
     )
     if norm and apart:
-        x, norm = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight), False
+        form = (norm_weight, eps, norm_offset, cast_before_weight)
+        x, norm = rms_norm_rows(x, *form, dtype=weight.dtype), False
     x = x.reshape(tokens, width)
     if residual is not None:
         residual = residual.reshape(tokens, -1)
     # One object for both: cuBLAS copies a residual that is not the very tensor it writes.
     out = residual if in_place else None
-    if tiling.kernel == "wide" and can_be_wide(x, weight):
+    plain = residual is None or residual.dtype is weight.dtype
+    if tiling.kernel == "wide" and plain and can_be_wide(x, weight):
         y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
     elif tiling.kernel in ("cublas", "wide"):
         y = _with_cublas(x, weight, bias, activation, gated, residual, out)
@@ -154,7 +160,8 @@ def skinny_linear(
     tokens, width = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
-        out = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+        dtype = _result_dtype(weight, residual)
+        out = torch.empty((tokens, columns), dtype=dtype, device=x.device)
     programs = -(-columns // tiling.block_n)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {
@@ -201,6 +208,10 @@ def skinny_linear(
     return out
 
 
+def _result_dtype(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
+    return weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+
+
 def _early(tiling: Tiling, weight: torch.Tensor, split: int) -> int:
     """Bytes of a weight row to ask for early: none past its part's end, nor past the row's."""
     width = weight.shape[1]
@@ -220,7 +231,8 @@ def _with_cublas(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [tokens, K] and residual [tokens, columns] on cuBLAS. out: as for `skinny_linear`."""
-    if residual is not None and bias is None and not gated and not activation:
+    plain = bias is None and not gated and not activation
+    if residual is not None and plain and residual.dtype is x.dtype:
         return torch.addmm(residual, x, weight.t(), out=out)
     y = F.linear(x, weight, bias)
     if gated:

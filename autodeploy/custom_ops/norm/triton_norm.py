@@ -52,9 +52,13 @@ def rms_norm_rows(
     eps: float,
     offset: float = 0.0,
     cast_before_weight: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """As `rms_norm`; D at most 16384. Rows may be strided: heads of a fused projection."""
-    return _norm("none", x, None, weight, eps, offset, cast_before_weight)[0]
+    """As `rms_norm`; D at most 16384. Rows may be strided: heads of a fused projection.
+
+    dtype: of the result, if it is to be rounded to another one.
+    """
+    return _norm("none", x, None, weight, eps, offset, cast_before_weight, dtype=dtype)[0]
 
 
 @add_rms_norm.implement("triton", when=_applies_with_residual, priority=10, capturable=True)
@@ -92,14 +96,16 @@ def _norm(
     offset: float,
     cast_before_weight: bool,
     num_warps: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The result and, if `add` is "before", the sum; otherwise the result twice."""
     from .norm_kernel import norm_kernel
 
     width = x.shape[-1]
-    dtype = x.dtype
-    if weight is not None and cast_before_weight:
-        dtype = torch.promote_types(dtype, weight.dtype)
+    if dtype is None:
+        dtype = x.dtype
+        if weight is not None and cast_before_weight:
+            dtype = torch.promote_types(dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add == "before" else out
     rows = math.prod(x.shape[:-1])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..gate.activation_kernel import softplus
-from .conv_step_kernel import convolved, keep_inputs, old_inputs, taps_of
+from .conv_step_kernel import convolved, is_last, keep_inputs, old_inputs, taps_of
 from .delta_kernel import unit_length
 from .packed_kernel import sequence_span
 
@@ -31,6 +31,33 @@ def norm_and_gate(y, gate, weight, eps, WIDTH: tl.constexpr, NARROW: tl.constexp
     return y * (gate * tl.sigmoid(gate))
 
 
+@triton.jit
+def prefetch_state(
+    state, state_slot, sequences, slot_stride, AHEAD: tl.constexpr, NUMBERS: tl.constexpr
+):  # fmt: skip
+    """Asks for the NUMBERS of the state of the program AHEAD later to be brought to the L2 cache.
+
+    Programs are numbered by heads, then sequences; the last ones ask for what is there already.
+    """
+    PIECE: tl.constexpr = NUMBERS // 8
+    later = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + AHEAD
+    sequence = tl.minimum(later // tl.num_programs(0), sequences - 1)
+    slot = tl.load(state_slot + sequence).to(tl.int64)
+    start = state + slot * slot_stride + later % tl.num_programs(0) * NUMBERS
+    # Threads of a warp take turns at this, so few of them ask, each for much.
+    lane = tl.arange(0, 128)
+    address = start + lane // 16 * PIECE
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [address.to(tl.int64), tl.where(lane % 16 == 0, 4 * PIECE, 0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["sequences", "eps"])
 def conv_delta_kernel(
     x, conv_weight, conv_bias, g, beta, a_log, dt_bias, gate, norm_weight, conv_state, state,
@@ -39,13 +66,14 @@ def conv_delta_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_GATES: tl.constexpr, HAS_NORM: tl.constexpr,
-    NORMALIZE: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZE: tl.constexpr, AHEAD: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK of its VALUES; all of them if there is a norm.
 
     There are as many rows as sequences; those past the last token become zeros. Programs that
     share keys count themselves in `arrivals`: the last one to have read the old inputs of the
-    convolution overwrites them.
+    convolution overwrites them. AHEAD: each program asks for the state of the one that comes so
+    many later, if not 0, to be in the L2 cache when that starts.
     """
     blocks: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
     sharing: tl.constexpr = HEADS // GROUPS * blocks
@@ -62,7 +90,10 @@ def conv_delta_kernel(
     place = state + slot * slot_stride + head * KEYS * VALUES
     place = place + key[:, None] * VALUES + channel[None, :]
     mask = held[:, None] & inside[None, :]
-    kept = tl.load(place, mask=mask & has_past, other=0.0)
+    kept = tl.load(place, mask=mask & has_past, other=0.0, eviction_policy=STREAM)
+    if AHEAD > 0:
+        prefetch_state(state, state_slot, sequences, slot_stride, AHEAD, KEYS * VALUES)
+    end = tl.load(cu_q + sequences)
     q_column = group * KEYS + key
     k_column = q_column + GROUPS * KEYS
     v_column = 2 * GROUPS * KEYS + head * VALUES + channel
@@ -83,13 +114,6 @@ def conv_delta_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    last = stop > start
-    if sharing > 1:
-        # Every thread's loads of old inputs come before the count.
-        tl.debug_barrier()
-        count = tl.atomic_add(arrivals + sequence * GROUPS + group, 1)
-        last = last & (count == sharing - 1)
-        tl.store(arrivals + sequence * GROUPS + group, 0, mask=count == sharing - 1)
 
     column = head * VALUES + channel
     token = start
@@ -129,14 +153,16 @@ def conv_delta_kernel(
         v3, v2, v1 = v2, v1, v0
         token += 1
 
-    tl.store(place, kept, mask=mask & (stop > start))
+    tl.store(place, kept, mask=mask & (stop > start), eviction_policy=STREAM)
     keep_inputs(row, v_column, inside & (stop > start), v1, v2, v3, TAPS)
+    last = stop > start
+    if sharing > 1:
+        last = last & is_last(arrivals + sequence * GROUPS + group, sharing)
     keep_inputs(row, q_column, held & last, q1, q2, q3, TAPS)
     keep_inputs(row, k_column, held & last, k1, k2, k3, TAPS)
-    past_end = sequence >= tl.load(cu_q + sequences)
     nothing = tl.zeros([BLOCK], tl.float32).to(narrow)
     place = out + sequence.to(tl.int64) * (HEADS * VALUES) + column
-    tl.store(place, nothing, mask=inside & past_end)
+    tl.store(place, nothing, mask=inside & (sequence >= end))
 
 
 @triton.jit(do_not_specialize=["tokens"])

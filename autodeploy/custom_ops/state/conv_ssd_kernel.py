@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .conv_step_kernel import convolved, keep_inputs, old_inputs, taps_of
+from .conv_step_kernel import convolved, is_last, keep_inputs, old_inputs, taps_of
 from .packed_kernel import sequence_span
 from .ssd_kernel import rate_of, silu, time_step
 
@@ -40,6 +40,7 @@ def conv_ssd_kernel(
     place = place + channel[:, None] * STATE + entry[None, :]
     mask = inside[:, None] & held[None, :]
     kept = tl.load(place, mask=mask & has_past, other=0.0)
+    end = tl.load(cu_q + sequences)
     column = head * WIDTH + channel
     b_column = HEADS * WIDTH + group * STATE + entry
     c_column = b_column + GROUPS * STATE
@@ -58,13 +59,6 @@ def conv_ssd_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    last = stop > start
-    if sharing > 1:
-        # Every thread's loads of old inputs come before the count.
-        tl.debug_barrier()
-        count = tl.atomic_add(arrivals + sequence * GROUPS + group, 1)
-        last = last & (count == sharing - 1)
-        tl.store(arrivals + sequence * GROUPS + group, 0, mask=count == sharing - 1)
 
     token = start
     while token < stop:
@@ -95,8 +89,10 @@ def conv_ssd_kernel(
 
     tl.store(place, kept, mask=mask & (stop > start))
     keep_inputs(row, column, inside & (stop > start), x1, x2, x3, TAPS)
+    last = stop > start
+    if sharing > 1:
+        last = last & is_last(arrivals + sequence * GROUPS + group, sharing)
     keep_inputs(row, b_column, held & last, b1, b2, b3, TAPS)
     keep_inputs(row, c_column, held & last, c1, c2, c3, TAPS)
-    past_end = sequence >= tl.load(cu_q + sequences)
     place = out + sequence.to(tl.int64) * (HEADS * WIDTH) + column
-    tl.store(place, tl.zeros([BLOCK], tl.float32), mask=inside & past_end)
+    tl.store(place, tl.zeros([BLOCK], tl.float32), mask=inside & (sequence >= end))

@@ -59,3 +59,16 @@ def keep_inputs(row, column, mask, one, two, three, TAPS: tl.constexpr):
         tl.store(place - 1, two.to(narrow), mask=mask)
     if TAPS > 3:
         tl.store(place - 2, three.to(narrow), mask=mask)
+
+
+@triton.jit
+def is_last(arrivals, SHARING: tl.constexpr):
+    """Whether this is the last of SHARING programs to call this; leaves the count at zero.
+
+    To be called when all that this program has read of what the last one overwrites was used: the
+    count is no fence. One with a fence, in front, held every load back until the state was there.
+    """
+    tl.debug_barrier()
+    count = tl.atomic_add(arrivals, 1, sem="relaxed")
+    tl.store(arrivals, 0, mask=count == SHARING - 1)
+    return count == SHARING - 1

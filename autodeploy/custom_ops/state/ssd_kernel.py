@@ -57,38 +57,46 @@ def ssd_step_kernel(
     inside = channel < WIDTH
     held = entry < STATE
     mask = inside[:, None] & held[None, :]
+    # Staged by the host, as are states of earlier steps: there before the kernel in front ends.
+    start, stop, has_past, slot = sequence_span(cu_q, kv_len, state_slot, sequence)
+    end = tl.load(cu_q + sequences) if FILL else stop
+    mine = (stop > start) & (stop - start <= MOST_TOKENS)
+    place = state + slot * slot_stride + head * WIDTH * STATE
+    place = place + channel[:, None] * STATE + entry[None, :]
+    kept = tl.load(place, mask=mask & has_past & mine, other=0.0)
     rate = rate_of(A + head, LOG_RATES)
     bias = tl.load(dt_bias + head) if HAS_BIAS else 0.0
     skip = tl.load(D + head).to(tl.float32) if HAS_D else 0.0
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    start, stop, has_past, slot = sequence_span(cu_q, kv_len, state_slot, sequence)
-    mine = (stop > start) & (stop - start <= MOST_TOKENS)
-    place = state + slot * slot_stride + head * WIDTH * STATE
-    place = place + channel[:, None] * STATE + entry[None, :]
-    kept = tl.load(place, mask=mask & has_past & mine, other=0.0)
 
     group = head // (HEADS // GROUPS)
     column = head * WIDTH + channel
     token = tl.where(mine, start, stop)
     while token < stop:
         row = token.to(tl.int64)
-        step = time_step(tl.load(dt + row * dt_stride + head), bias, dt_min, dt_max,
-                         HAS_BIAS, SOFTPLUS, dt.dtype.element_ty)  # fmt: skip
+        # Asked for together, before anything waits for the state. With the gate's load at its use,
+        # which is one more wait for memory, 64 sequences of 80 heads of 64 x 128 took 92 us on an
+        # H200, and 81 without a gate.
+        step = tl.load(dt + row * dt_stride + head)
         value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         writes = tl.load(B + row * b_stride + group * STATE + entry, mask=held, other=0.0)
         reads = tl.load(C + row * c_stride + group * STATE + entry, mask=held, other=0.0)
+        opening = value
+        if HAS_GATE:
+            opening = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
+            opening = silu(opening)
+        step = time_step(step, bias, dt_min, dt_max, HAS_BIAS, SOFTPLUS, dt.dtype.element_ty)
         kept = kept * tl.exp(step * rate) + (value * step)[:, None] * writes.to(tl.float32)[None, :]
         result = tl.sum(kept * reads.to(tl.float32)[None, :], axis=1) + skip * value
         if HAS_GATE:
-            opening = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
-            result = result * silu(opening)
+            result = result * opening
         tl.store(out + row * (HEADS * WIDTH) + column, result, mask=inside)
         token += 1
     tl.store(place, kept, mask=mask & mine)
     if FILL:
-        past_end = sequence >= tl.load(cu_q + sequences)
         nothing = tl.zeros([BLOCK], tl.float32)
         row = sequence.to(tl.int64)
-        tl.store(out + row * (HEADS * WIDTH) + column, nothing, mask=inside & past_end)
+        place = out + row * (HEADS * WIDTH) + column
+        tl.store(place, nothing, mask=inside & (sequence >= end))

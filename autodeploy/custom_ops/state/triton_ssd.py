@@ -12,6 +12,8 @@ from .ssd_scan import cached_ssd_scan
 
 # Numbers of the state that one program holds.
 _TILE = 4096
+# Five programs share a multiprocessor; a gate would take more, and one program fewer would fit.
+_REGISTERS = 96
 # Sequences with more new tokens than this are scanned in blocks of tokens.
 _STEPS = 8
 _BLOCK_TOKENS = 64
@@ -48,6 +50,7 @@ def scan_heads(
     num_warps: int = 4,
     gate: Tensor | None = None,
     log_rates: bool = False,
+    registers: int = _REGISTERS,
 ) -> Tensor:
     """As `cached_ssd_scan`; N at most 1024. gate and log_rates: as for `conv_ssd_scan`."""
     from .ssd_block_kernel import ssd_block_kernel
@@ -75,7 +78,7 @@ def scan_heads(
     ssd_step_kernel[(heads * -(-width // block), sequences)](
         *operands, sequences, *scalars, BLOCK=block, BLOCK_STATE=block_state,
         MOST_TOKENS=1 << 30 if decoding else _STEPS, FILL=tokens == sequences,
-        num_warps=num_warps, **form,
+        num_warps=num_warps, **form, **({"maxnreg": registers} if registers else {}),
     )  # fmt: skip
     if not decoding:
         block = min(_BLOCK_WIDTH, max(16, power_of_two(width)))

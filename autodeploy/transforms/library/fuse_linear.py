@@ -16,7 +16,8 @@ becomes
 and any linear with nothing to take in becomes a bare `fused_linear`, which is faster at few tokens.
 A norm is taken in if this linear alone reads it; rows that are chosen in between (the head's) are
 chosen before the norm instead. In bfloat16 the residual is added before the product is rounded:
-one rounding less than in the graph it replaces, never one more.
+one rounding less than in the graph it replaces, never one more. A residual stream in float32 stays
+one: sums are float32, and norms read them without the cast between.
 """
 
 from __future__ import annotations
@@ -83,15 +84,27 @@ def _is_matrix_product(node: fx.Node) -> bool:
 
 def _begin(program: Program, linear: fx.Node) -> dict[str, Any]:
     """Arguments for the norm before a linear; rows are chosen before it from here on."""
-    source: Any = linear.args[0]
-    choice: Any = source if _chooses_rows(source) else None
-    norm: Any = source if choice is None else choice.args[0]
-    if not is_call(norm, rms_norm.overload) or any(len(n.users) > 1 for n in (norm, source)):
+    dtype = linear.meta["val"].dtype
+    norm: Any = linear.args[0]
+    choice: Any = None
+    while len(norm.users) == 1 and not is_call(norm, rms_norm.overload):
+        if choice is None and _chooses_rows(norm):
+            choice = norm
+        elif not _rounds(norm, dtype):
+            return {}
+        norm = norm.args[0]
+    if len(norm.users) != 1:
         return {}
     form = rms_norm.bind(norm.args, norm.kwargs)
     x = form.pop("x")
-    if norm.meta["val"].dtype is not x.meta["val"].dtype:
+    scale = form["weight"]
+    if scale is not None and scale.meta["val"].dtype is not dtype:
         # A weight in float32 makes a result in float32.
+        return {}
+    if _rounds(x, dtype):
+        # The norm reads what is there: one rounding less.
+        x = x.args[0]
+    if x.meta["val"].dtype not in (dtype, torch.float32):
         return {}
     if choice is not None:
         x = program.call(choice.target, x, *choice.args[1:], before=linear, like=choice)
@@ -103,6 +116,15 @@ def _begin(program: Program, linear: fx.Node) -> dict[str, Any]:
         "norm_offset": form["offset"],
         "cast_before_weight": form["cast_before_weight"],
     }
+
+
+def _rounds(node: Any, dtype: torch.dtype) -> bool:
+    """A cast of float32 to `dtype`, and nothing else."""
+    if not is_call(node, aten._to_copy.default, aten.to.dtype):
+        return False
+    same = node.meta["val"].device == node.args[0].meta["val"].device
+    was, made = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    return same and was is torch.float32 and made is dtype
 
 
 def _chooses_rows(node: Any) -> bool:
@@ -163,14 +185,14 @@ def _end(linear: fx.Node, last: fx.Node) -> dict[str, Any]:
 
 
 def _residual(total: fx.Node, product: fx.Node) -> fx.Node | None:
-    """What is added to a product: of its shape and dtype, unscaled; None if it is no such sum."""
+    """What is added to a product, unscaled: of its shape, and its dtype or float32; or None."""
     if not is_call(total, aten.add.Tensor) or total.kwargs or len(total.args) != 2:
         return None
     others = [node for node in total.args if node is not product]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
     ours, theirs = product.meta["val"], others[0].meta.get("val")
-    if not isinstance(theirs, torch.Tensor) or theirs.dtype is not ours.dtype:
+    if not isinstance(theirs, torch.Tensor) or theirs.dtype not in (ours.dtype, torch.float32):
         return None
     # Symbols compare by expression: never ask the shape environment, which would guard.
     alike = [str(n) for n in theirs.shape] == [str(n) for n in ours.shape]
