@@ -70,17 +70,22 @@ def decode_tiles(
     rows = triton_block(group, 16)
     programs = 3 * gpu.multiprocessors(device.index or 0)
     # Few programs need much on its way in each. In us on an H200, with 16 KiB of keys and four
-    # stages for all before: 256 heads of 128 and 576 keys 24 (27), 192 of 4096 keys 101 (132). Many
-    # keep the memory busy with two stages: 2048 of 576 keys 146 (148).
-    few = heads <= programs
+    # stages for all before: 256 heads of 128 and 576 keys 24 (27), 192 of 4096 keys 101 (132). More
+    # keep the memory busy with two stages: 2048 of 576 keys 146 (148). Many are best off with few
+    # threads each: 1024 of them 78 (83), of heads of 64 2048 80 (86).
+    warps = 8 if rows > 32 else 4
     if width * itemsize > 256:
         # Blocks of 8 KiB would have 16 keys: with them a step of 34 layers, 64 sequences of 576 and
         # 4 heads of 256 took 0.6 ms longer than with 32 keys and four stages.
         block, stages = 16384, 4
+    elif heads <= programs:
+        block, stages = 8192, 5
+    elif heads > 2 * programs and rows == 16:
+        block, stages, warps = 8192, 4, 2
     else:
-        block, stages = (8192, 5) if few else (16384, 2)
+        block, stages = 16384, 2
     keys = max(16, min(128, block // (width * itemsize), 4096 // rows))
-    return DecodeTiles(keys, max(1, 64 // keys), programs, 8 if rows > 32 else 4, stages)
+    return DecodeTiles(keys, max(1, 64 // keys), programs, warps, stages)
 
 
 def prefill_tiles(width: int, itemsize: int, group: int, tokens: int) -> PrefillTiles:
