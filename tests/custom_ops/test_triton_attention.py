@@ -157,6 +157,17 @@ def test_where_launches_overlap_changes_nothing(monkeypatch, trigger, early):
     check(step([130, 5, 97], [0, 3, 0], (4, 2, 16, 16)))
 
 
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_pages_known_a_block_ahead_change_nothing(monkeypatch, feature, counts):
+    decode = triton_paged.DecodeTiles(32, 1, 8, 4, 3, known=True)
+    prefill = triton_paged.PrefillTiles(32, 32, 4, 3, known=True)
+    monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: decode)
+    monkeypatch.setattr(triton_paged, "prefill_tiles", lambda *_: prefill)
+    monkeypatch.setattr(triton_decode, "holds", lambda *_: False)
+    check(step([150, 1, 77], COUNTS[counts], (4, 2, 16, 16), feature=feature))
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1], [1, 1, 1], [0, 0, 3]])
 def test_as_many_tokens_as_sequences_need_not_be_one_each(counts):
     check(step([150, 40, 77], counts, (4, 2, 16, 16)))

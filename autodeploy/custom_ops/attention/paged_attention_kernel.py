@@ -21,22 +21,32 @@ def _attend_keys(
     k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, FLOOR: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of rows q [M, D] over the keys start..stop, in blocks of BLOCK_N.
 
     Row m is at position query[m] and sees keys lowest[m]..query[m]. MASKED: some key of the range
     is not seen by some row, or the range ends within a block; positions after `last` are then
-    read as `last`, whose page is known. Returns acc [M, DV], top and total [M].
+    read as `last`, whose page is known. KNOWN: pages are read a block ahead, so that all stages
+    but one hold keys; else addresses wait for pages within a block, and every other stage is
+    theirs. Returns acc [M, DV], top and total [M].
     """
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
+    n = tl.arange(0, BLOCK_N)
+    following = n
+    if KNOWN:
+        following = tl.load(table_ptr + tl.minimum(start + n, last) // PAGE)
     for first in range(start, stop, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
+        key = first + n
         at = key
         if MASKED:
             at = tl.minimum(key, last)
-        page = tl.load(table_ptr + at // PAGE).to(tl.int64)
+        if KNOWN:
+            page = following.to(tl.int64)
+            following = tl.load(table_ptr + tl.minimum(key + BLOCK_N, last) // PAGE)
+        else:
+            page = tl.load(table_ptr + at // PAGE).to(tl.int64)
         inside = at % PAGE
         k_at = k_ptr + (page * k_page + inside * k_slot)[:, None] + d[None, :]
         if BLOCK_D == D:
@@ -158,7 +168,7 @@ def decode_kernel(
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr,
     MIXED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, TRIGGER: tl.constexpr,
-    PDL: tl.constexpr,
+    KNOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HKV * splits): one range of the keys of one sequence, for one kv head.
 
@@ -222,6 +232,7 @@ def decode_kernel(
                 q, query, query, slope, start, stop, position,
                 k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
                 D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
+                KNOWN,
             )  # fmt: skip
             if PDL and TRIGGER == "end":
                 tl.extra.cuda.gdc_launch_dependents()
@@ -350,7 +361,7 @@ def prefill_kernel(
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, KNOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, all heads of one kv head.
 
@@ -406,17 +417,20 @@ def prefill_kernel(
             last_query,
             k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
             D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLOOR, SOFTCAP, ALIBI, PRECISION,
+            KNOWN,
         )  # fmt: skip
     outer = inner + tl.maximum(first_query + 1 - inner, 0) // BLOCK_N * BLOCK_N
     acc, top, total = _attend_keys(
         acc, top, total, q, query, lowest, slope, inner, outer, last_query,
         k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
         D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, ALIBI, PRECISION,
+        KNOWN,
     )  # fmt: skip
     acc, top, total = _attend_keys(
         acc, top, total, q, query, lowest, slope, outer, last_query + 1, last_query,
         k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
         D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
+        KNOWN,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
