@@ -61,6 +61,8 @@ class ServerConfig:
     """exit with status 1, or restart the engine in place"""
     trust_request_chat_template: bool = False
     """let requests bring a chat template, which can be written to run for hours"""
+    response_store: int = 256
+    """responses of /v1/responses to keep in memory for previous_response_id; 0 keeps none"""
     max_request_bytes: int = 16 * 2**20
     """largest body of a request"""
     max_prompt_tokens: int | None = None
@@ -79,7 +81,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("max_open_sequences", "max_request_bytes", "max_prompts", "max_n"):
             self._at_least(name, 1)
-        for name in ("max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout"):
+        for name in (
+            "max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout",
+            "response_store",
+        ):  # fmt: skip
             self._at_least(name, 0)
         for name in ("max_prompt_tokens", "request_timeout"):
             if getattr(self, name) is not None:

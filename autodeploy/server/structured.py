@@ -1,4 +1,4 @@
-"""What form an output must have: response_format and vLLM's fields, as a change of SamplingParams."""
+"""What form an output must have: response_format and vLLM's fields, as SamplingParams."""
 
 from __future__ import annotations
 
