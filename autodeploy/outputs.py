@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from .errors import AutodeployError
 from .runtime.messages import RequestMetrics
+
+Pooling = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+"""What an embedding is made of: the last token's hidden state, or the mean over all tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,29 @@ class RequestOutput:
     """Of the first sequence."""
     error: AutodeployError | None = None
     """Why the request failed; its outputs hold what came before."""
+    embedding: bytes | None = None
+    """The pooled hidden state, little-endian float32, of a prompt that was embedded."""
 
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache."""
         return self.metrics.cached_tokens if self.metrics else 0
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """One vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """What `embed` gives for one prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    finished: bool = True

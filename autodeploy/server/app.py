@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..errors import AutodeployError
-from . import chat, completions, health, models, responses, tokens
+from . import chat, completions, embeddings, health, models, responses, tokens
 from .admission import Admission
 from .chat_message import formats_of
 from .config import ServerConfig
@@ -31,7 +31,7 @@ from .service import Service
 from .status import status_router
 
 _log = logging.getLogger("autodeploy")
-ENDPOINTS = (completions, chat, responses, models, tokens, health)
+ENDPOINTS = (completions, chat, responses, embeddings, models, tokens, health)
 
 
 def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:

@@ -18,7 +18,7 @@ from .answers import event
 from .errors import invalid
 from .generation import Generation, UsageCount
 from .logprobs import completion_logprobs, prompt_logprobs
-from .prompt_input import completion_prompts
+from .prompt_input import completion_prompts, count_prompts
 from .protocol.completions import Completion, CompletionChoice, CompletionRequest
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
@@ -110,9 +110,7 @@ class _Call:
         return chunk
 
     def _sequences(self) -> int:
-        prompt = self.request.prompt
-        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
-        return self.request.sequences_per_prompt * (1 if single else len(prompt))
+        return self.request.sequences_per_prompt * count_prompts(self.request.prompt)
 
     async def _generation(self) -> Generation:
         request = self.request

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..outputs import POOLINGS, Pooling
 
 ON_ENGINE_DEATH = ("exit", "restart")
 LOG_FORMATS = ("text", "json")
@@ -53,6 +54,8 @@ class ServerConfig:
     """how the model writes calls of tools; auto: as its chat template does, none: not at all"""
     reasoning_parser: str = "auto"
     """how the model marks its reasoning; auto: as its chat template does, none: not at all"""
+    pooling: Pooling = "last"
+    """what an embedding is made of: the last token's hidden state, or the mean over all tokens"""
     log_format: str = "text"
     """text, or json with a line per record"""
     otlp_traces_endpoint: str | None = None
@@ -99,6 +102,8 @@ class ServerConfig:
                 f"on_engine_death must be {' or '.join(ON_ENGINE_DEATH)}, not "
                 f"{self.on_engine_death!r}"
             )
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be {' or '.join(POOLINGS)}, not {self.pooling!r}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(
                 f"log_format must be {' or '.join(LOG_FORMATS)}, not {self.log_format!r}"
