@@ -114,7 +114,7 @@ class _Reading:
 
     def _output(self, item: Mapping[str, Any], path: str) -> None:
         call = item.get("call_id")
-        if call not in self._calls:
+        if not isinstance(call, str) or call not in self._calls:
             raise invalid(
                 f"{path}.call_id: no function_call with call_id {call!r:.80} comes before",
                 f"{path}.call_id",

@@ -88,14 +88,16 @@ class _Call:
         self.id = f"resp_{uuid.uuid4().hex}"
         request.check_limits(service.config)
         check_logprobs("top_logprobs", request.top_logprobs, service.config)
-        _refuse_services(request)
+        _refuse_unserved(request)
         self.tools = options_of(request, service.formats)
         self.parser = parser_of(self.tools, service.formats)
         self.params = self._params()
         self.items = self._known_items() + input_items(request.input)
+        self.spelled = _as_json(self.items, "input")
         self.object = opening_object(
             request, self.id, service.model_name(request.model), self.params, self.stores
         )
+        _as_json(self.object.model_dump(), None)
         self.writer = OutputWriter()
         self._number = 0
 
@@ -178,7 +180,7 @@ class _Call:
             made.incomplete_details = {"reason": "max_output_tokens"}
         if self.stores:
             encoded = made.__pydantic_serializer__.to_json(made)
-            items = msgspec.json.encode([*self.items, *made.output])
+            items = self.spelled[:-1] + b"," + msgspec.json.encode(made.output)[1:]
             self.service.responses.put(self.id, Kept(self.owner, encoded, items))
         return made
 
@@ -247,8 +249,24 @@ class _Call:
         return b"event: " + fields["type"].encode() + b"\ndata: " + body + b"\n\n"
 
 
-def _refuse_services(request: ResponseRequest) -> None:
-    """Refuses what would need more than a model and a bounded memory."""
+def _as_json(value: Any, param: str | None) -> bytes:
+    """What will be told or kept, tried before any work is done for it.
+
+    Raises:
+        ApiError: a number or a text in it is none that JSON can hold.
+    """
+    try:
+        return msgspec.json.encode(value)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise invalid(f"the request cannot be written as JSON again: {error}", param) from error
+
+
+def _refuse_unserved(request: ResponseRequest) -> None:
+    """Refuses numbers out of range, and what would need more than a model and a bounded memory."""
+    for field, least in (("max_output_tokens", 1), ("top_logprobs", 0)):
+        value = getattr(request, field)
+        if value is not None and value < least:
+            raise invalid(f"{field} must be at least {least}, not {value}", field)
     for field, instead in (
         ("background", "wait for the response, or stream it"),
         ("conversation", "use previous_response_id, or send the conversation as input"),

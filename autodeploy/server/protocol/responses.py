@@ -78,7 +78,7 @@ class ResponseRequest(TokenFields):
 
     @property
     def wants_logprobs(self) -> bool:
-        return bool(self.top_logprobs) or LOGPROBS in (self.include or [])
+        return self.top_logprobs not in (None, 0) or LOGPROBS in (self.include or [])
 
 
 class InputTokensDetails(Answer):
