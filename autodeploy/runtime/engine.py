@@ -28,14 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.errors import (
-    AutodeployError,
-    EmptyPromptError,
-    EngineError,
-    InvalidRequestError,
-    PromptTooLongError,
-    UnknownTokenError,
-)
+from autodeploy.errors import AutodeployError, EngineError, InvalidRequestError
 
 from .batch import StepPlan
 from .caches import plan_caches
@@ -55,6 +48,7 @@ from .messages import (
 )
 from .pooler import Pooler
 from .request import RequestState
+from .request_check import check_request
 from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
@@ -178,7 +172,8 @@ class EngineCore:
             InvalidRequestError: it cannot be served as written (the subclass says why); nothing
                 has changed.
         """
-        self._check(request)
+        running = request.request_id in self._requests or request.request_id in self._compiling
+        check_request(request, running, self.task, self.vocab_size, self.max_model_len)
         matcher = None
         if request.params.structured_outputs is not None:
             matcher = self._compiling.matcher(request)
@@ -267,28 +262,6 @@ class EngineCore:
                         message=str(error),
                     )
                 )
-
-    def _check(self, request: EngineRequest) -> None:
-        tokens = request.prompt_token_ids
-        where = f"request '{request.request_id}'"
-        if request.request_id in self._requests or request.request_id in self._compiling:
-            raise InvalidRequestError(f"{where} is already running; give every request its own id")
-        if (request.pooling is None) != (self._pooler is None):
-            raise InvalidRequestError(f"{where}: this engine's task is to {self.task}")
-        if not tokens:
-            raise EmptyPromptError(f"{where}: the prompt has no tokens; give at least one")
-        if len(tokens) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"{where}: the prompt has {len(tokens)} tokens and sequences end at "
-                f"{self.max_model_len}, prompt and output together; use at most "
-                f"{self.max_model_len - 1}"
-            )
-        unknown = [t for t in (min(tokens), max(tokens)) if not 0 <= t < self.vocab_size]
-        if unknown:
-            raise UnknownTokenError(
-                f"{where}: token id {unknown[0]} at position {tokens.index(unknown[0])} of the "
-                f"prompt is outside the vocabulary; use 0 to {self.vocab_size - 1}"
-            )
 
     def _make_sampler(self, num_slots: int) -> Sampler:
         contract = self._runner.contract
