@@ -56,7 +56,7 @@ class Pooler:
 
     def launch(self, hidden: Tensor, rows: np.ndarray) -> Sampling:
         """The vectors of prompts that are complete; hidden [N, hidden] are their last rows."""
-        vectors = hidden.float()
+        vectors = hidden.to(torch.float32, copy=True)
         for at, row in enumerate(rows.tolist()):
             if row in self._sums:
                 total, count = self._sums[row]

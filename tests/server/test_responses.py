@@ -302,6 +302,23 @@ def test_reasoning_is_an_item_of_its_own():
         running.close()
 
 
+def test_a_stream_that_cannot_go_on_ends_with_a_failed_response():
+    running = RunningServer(request_timeout=0.4)
+    try:
+        events = streamed(running, input="a", ignore_eos=True)
+        assert events[-1]["type"] == "response.failed"
+        failed = events[-1]["response"]
+        assert failed["status"] == "failed"
+        assert failed["error"]["code"] == "server_error"
+        assert "0.4 seconds" in failed["error"]["message"]
+        assert failed["output"][0]["status"] == "in_progress"
+        answer = running.post(PATH, input="a", ignore_eos=True)
+        assert answer.status_code == 504
+        assert len(running.service.responses) == 0
+    finally:
+        running.close()
+
+
 @pytest.mark.parametrize("step", [1, 7, len(TEXT)])
 def test_an_answer_becomes_the_same_items_however_it_comes(step):
     parser = AnswerParser(tool_format("hermes"), reasoning_format("deepseek_r1"))
