@@ -27,7 +27,8 @@ from .errors import AutodeployError, EngineDeadError, InvalidRequestError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
 from .llm import resolve_tokenizer, shut_down_on_error
-from .outputs import EmbeddingRequestOutput, Pooling, RequestOutput
+from .outputs import EmbeddingRequestOutput, RequestOutput
+from .pooling import Pooling
 from .prompts import check_prompt, params_for_each, read_prompts, require_task
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens

@@ -12,12 +12,11 @@ import numpy as np
 
 from .errors import InvalidRequestError, RecipeError
 from .outputs import (
-    POOLINGS,
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    Pooling,
     RequestOutput,
 )
+from .pooling import POOLINGS, Pooling
 from .runtime.sampling_params import SamplingParams
 from .transforms.recipe import Recipe, Step, check_order
 from .transforms.transform import TRANSFORMS

@@ -24,7 +24,8 @@ from .errors import AutodeployError, ConfigError, EngineDeadError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .held_tokens import Children, HeldTokens
 from .launch import build_executor
-from .outputs import EmbeddingRequestOutput, Pooling, RequestOutput
+from .outputs import EmbeddingRequestOutput, RequestOutput
+from .pooling import Pooling
 from .progress import progress_bar
 from .prompts import (
     check_prompt,

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from .errors import AutodeployError
 from .runtime.messages import RequestMetrics
-
-Pooling = Literal["last", "mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-"""What an embedding is made of: the last token's hidden state, or the mean over all tokens."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..outputs import POOLINGS, Pooling
+from ..pooling import POOLINGS, Pooling
 
 ON_ENGINE_DEATH = ("exit", "restart")
 LOG_FORMATS = ("text", "json")

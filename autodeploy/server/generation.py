@@ -8,7 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ..async_llm import AsyncLLM, OutputKind
-from ..outputs import Pooling, RequestOutput
+from ..outputs import RequestOutput
+from ..pooling import Pooling
 from ..prompts import Prompt
 from ..runtime.sampling_params import SamplingParams
 from .metrics import ServerMetrics
