@@ -27,9 +27,9 @@ from .compiled import CompiledProgram
 from .compiled_region import CompiledRegion
 from .device_copies import copy_each
 from .memory_pages import drop_memory_pages
-from .program import Program, sample_of
+from .program import Program, Weight, parts_of, sample_of
 
-FORMAT = 6
+FORMAT = 7
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -55,6 +55,7 @@ class StoredWeight(msgspec.Struct, array_like=True, frozen=True):
     pieces: tuple[str, ...]
     shape: tuple[int, ...]
     dimension: int
+    order: tuple[tuple[int, int, int], ...]
 
 
 class StoredProgram(msgspec.Struct):
@@ -111,7 +112,10 @@ def store(
         return str(error)
     weights = {
         name: StoredWeight(
-            tuple(aliases.get(p, p) for p in weight.pieces), weight.shape, weight.dimension
+            tuple(aliases.get(p, p) for p in weight.pieces),
+            weight.shape,
+            weight.dimension,
+            weight.order,
         )
         for name, weight in program.weights.items()
     }
@@ -219,12 +223,11 @@ def _read(
     ]
     # A copy, always: a view into the file would keep all of it mapped, and what is joined
     # would count twice.
-    if len(parts) == 1:
+    whole = Weight(weight.pieces, weight.shape, parts[0].dtype, weight.dimension, weight.order)
+    if not whole.is_copy:
         return _Read(torch.empty_like(parts[0], device=device), parts, 0)
-    before, after = weight.shape[: weight.dimension], weight.shape[weight.dimension + 1 :]
-    views = [part.reshape(*before, -1, *after) for part in parts]
     value = torch.empty(weight.shape, dtype=parts[0].dtype, device=device)
-    return _Read(value, views, weight.dimension)
+    return _Read(value, parts_of(whole, parts), weight.dimension)
 
 
 def _tied(

@@ -49,12 +49,28 @@ class Weight:
     dtype: torch.dtype
     dimension: int = 0
     """Along which pieces are joined, each first viewed as `shape` with a size of its own there."""
+    order: tuple[tuple[int, int, int], ...] = ()
+    """(piece, start, stop) of the parts that are joined instead of whole pieces. A piece of -1
+    stands for zeros."""
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a tensor of its own, and no checkpoint tensor as it is."""
+        return len(self.pieces) > 1 or bool(self.order)
 
 
-def joined(pieces: list[torch.Tensor], shape: tuple[int, ...], dimension: int = 0) -> torch.Tensor:
-    """Several tensors as one new tensor (see `Weight`)."""
-    before, after = shape[:dimension], shape[dimension + 1 :]
-    return torch.cat([piece.reshape(*before, -1, *after) for piece in pieces], dimension)
+def parts_of(weight: Weight, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What is joined to make a weight: its pieces, viewed as `Weight` says, or parts of them."""
+    before, after = weight.shape[: weight.dimension], weight.shape[weight.dimension + 1 :]
+    views = [piece.reshape(*before, -1, *after) for piece in pieces]
+    if not weight.order:
+        return views
+    return [
+        views[0].new_zeros(*before, stop - start, *after)
+        if piece < 0
+        else views[piece].narrow(weight.dimension, start, stop - start)
+        for piece, start, stop in weight.order
+    ]
 
 
 class WeightSource:
@@ -85,7 +101,7 @@ class WeightSource:
         self._readers[_place(tensor)] += 1
 
     def read(self, weight: Weight) -> torch.Tensor:
-        """The weight's value; several pieces are joined into one new tensor.
+        """The weight's value; several pieces, or some in another order, become a new tensor.
 
         Raises:
             TransformError: a piece is missing.
@@ -94,7 +110,9 @@ class WeightSource:
         if missing:
             raise TransformError(f"weight '{missing[0]}' is not in the checkpoint")
         pieces = [self.originals[name] for name in weight.pieces]
-        return pieces[0] if len(pieces) == 1 else joined(pieces, weight.shape, weight.dimension)
+        if not weight.is_copy:
+            return pieces[0]
+        return torch.cat(parts_of(weight, pieces), weight.dimension)
 
     def sample(self, name: str) -> torch.Tensor:
         """Up to 64 elements spread over a tensor, also of one that was released."""

@@ -9,7 +9,13 @@ import torch
 
 from autodeploy.custom_ops import gpu
 from autodeploy.custom_ops.linear import add_linear, fused_linear, skinny_config, triton_linear
-from autodeploy.custom_ops.linear.skinny_config import Tiling, tiling_of
+from autodeploy.custom_ops.linear.skinny_config import (
+    Filling,
+    Tiling,
+    filled,
+    narrow,
+    tiling_of,
+)
 from autodeploy.custom_ops.op import Choice
 
 pytestmark = pytest.mark.skipif(
@@ -116,6 +122,15 @@ def test_the_kernel_for_one_or_two_tokens_equals_the_reference(tiled, device, dt
 def test_the_kernel_for_some_tokens_equals_the_reference(tiled, device, dtype, form, split):
     tiled(Tiling("dot", block_n=16, block_k=32, split=split))
     given = arguments(5, 56, 136, form, dtype=dtype, device=device)
+    assert_close(run(given), given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("split", [1, 3])
+def test_tokens_may_be_more_than_a_tile_has(tiled, device, form, split):
+    tiled(Tiling("dot", block_n=16, block_k=32, split=split, block_m=16))
+    given = arguments(37, 56, 136, FORMS[form], dtype=torch.float16, device=device)
     assert_close(run(given), given)
 
 
@@ -231,6 +246,29 @@ def test_tilings_fit_and_fill_the_device():
                 assert tiling.stages * 2 * tiling.block_k * tiles <= skinny_config.SHARED_BYTES
                 assert tiling.stages >= 2
                 assert tiling.block_n >= 16
+
+
+def test_parts_are_equal_and_no_more_than_asked_for():
+    for filling in [Filling(64, 128, 1), Filling(32, 64, 4), Filling(128, 64, 1.5)]:
+        for rows, width in [(6144, 4096), (4096, 14336), (28672, 4096), (2048, 3072), (96, 80)]:
+            for gated, tokens in [(False, 3), (True, 3), (False, 64), (True, 64)]:
+                columns = rows // 2 if gated else rows
+                tiling = filled(filling, tokens, columns, width, gated, 132)
+                tiles = -(-columns // tiling.block_n)
+                assert tiling.split == 1 or width % (tiling.block_k * tiling.split) == 0
+                assert tiling.split == 1 or tiles * tiling.split <= filling.programs * 132
+                rows_of_tile = tiling.block_n * (2 if gated else 1)
+                stage = 2 * tiling.block_k * (rows_of_tile + skinny_config.padded(tokens))
+                assert tiling.stages >= 2
+                assert tiling.stages * stage <= skinny_config.SHARED_BYTES
+
+
+def test_only_small_products_of_some_tokens_are_narrow():
+    assert narrow(1, 128, 2048).block_m == 16
+    assert narrow(256, 128, 2048).block_m == 64
+    assert narrow(257, 128, 2048) is None
+    assert narrow(8, 4096, 4096) is None
+    assert narrow(8, 4, 64).split == 1
 
 
 def test_the_kernels_are_chosen_where_they_hold():

@@ -5,12 +5,20 @@ import shutil
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    apply_rotary_emb as heads_first_complex,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    apply_rotary_pos_emb_interleave as deepseek_rotary,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
 from transformers.models.helium.modeling_helium import apply_rotary_pos_emb as helium_rotary
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as tokens_first_complex
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from autodeploy.custom_ops.norm import rms_norm
@@ -18,7 +26,13 @@ from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.rope import rope
 from autodeploy.ladder import build_runner
 from autodeploy.transforms.capture.norms import prove_rms_norm
-from autodeploy.transforms.capture.rotary import prove_rope, returns_dtype_of_heads
+from autodeploy.transforms.capture.rotary import (
+    Form,
+    prove_complex,
+    prove_rope,
+    returns_dtype_of_heads,
+    turn,
+)
 from autodeploy.transforms.recipe import load_recipe
 
 
@@ -147,7 +161,7 @@ def test_a_norm_without_weights():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_proved_form_of_a_rotary_function_gives_its_numbers(function, interleaved, dtype):
-    assert prove_rope(function) is interleaved
+    assert prove_rope(function) == Form(interleaved)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 6, 9, 16, generator=generator).to(dtype)
     k = torch.randn(1, 2, 9, 16, generator=generator).to(dtype)
@@ -203,3 +217,30 @@ def test_a_bfloat16_model_with_a_float32_table_is_captured_whole():
     runner = build_runner(tiny_model("olmo2").bfloat16(), load_recipe("default")).program
     assert runner is not None
     assert not any("module" in name for name in runner.contract.eager)
+
+
+def test_forms_with_half_a_table_or_with_pairs_put_apart_are_known_too():
+    angles = torch.randn(1, 9, 8)
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    once, twice = (angles.cos(), angles.sin()), torch.cat((angles, angles), -1)
+    for function, form, table in [
+        (gpt_oss_rotary, Form(False, once=True), once),
+        (deepseek_rotary, Form(True, apart=True), (twice.cos(), twice.sin())),
+    ]:
+        assert prove_rope(function) == form
+        for found, wanted in zip(turn(q, k, *table, form), function(q, k, *table), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_complex_numbers_is_a_rotation(dtype):
+    assert prove_complex(heads_first_complex) == 1
+    assert prove_complex(tokens_first_complex) == 2
+    assert prove_complex(lambda xq, xk, turns: heads_first_complex(xq, xk, turns.conj())) is None
+    angles = torch.randn(1, 9, 8)
+    q, k = torch.randn(1, 4, 9, 16).to(dtype), torch.randn(1, 1, 9, 16).to(dtype)
+    expected = heads_first_complex(q, k, torch.polar(torch.ones_like(angles), angles))
+    found = turn(q, k, angles.cos(), angles.sin(), Form(True, once=True), 1, True)
+    close = {"rtol": 1e-2 if dtype is torch.bfloat16 else 1e-6, "atol": 1e-6}
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, **close)

@@ -105,6 +105,24 @@ def test_views_and_inputs_of_the_product_are_spared():
     assert matches == 0
 
 
+def test_all_of_a_tensor_in_another_shape_is_that_tensor():
+    def flat(attention, x):
+        h = (x * 2).reshape(-1, x.shape[-1])
+        return (h + attention.q_proj(x.reshape(-1, x.shape[-1]))).view(x.shape).sin()
+
+    _, matches = rewritten(with_layer(flat))
+    assert matches == 1
+
+    def kept(attention, x):
+        whole = x * 2
+        h = whole.reshape(-1, x.shape[-1])
+        y = h + attention.q_proj(x.reshape(-1, x.shape[-1]))
+        return y.view(x.shape).sin() * whole
+
+    _, matches = rewritten(with_layer(kept))
+    assert matches == 0
+
+
 def test_a_view_that_is_read_before_does_no_harm():
     def body(attention, x):
         h = x * 2

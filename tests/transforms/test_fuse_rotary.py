@@ -40,6 +40,9 @@ def chosen_ops(program):
         ("gemma3_text", {}, 2),
         ("glm", {}, 1),
         ("gpt_neox", {}, 1),
+        # Half a table, and a table that stays in float32.
+        ("gpt_oss", {}, 1),
+        ("olmo3", {}, 1),
     ],
 )
 def test_every_layer_reads_its_heads_as_the_projection_gives_them(name, changes, tables):

@@ -5,12 +5,14 @@ from . import torch_cpu as _torch_cpu  # noqa: F401 - registers the implementati
 from . import triton_latent as _triton_latent  # noqa: F401 - registers the implementation
 from . import triton_paged as _triton_paged  # noqa: F401 - registers the implementation
 from . import triton_rotary as _triton_rotary  # noqa: F401 - registers the implementation
+from . import triton_rotary_latent as _triton_rotary_latent  # noqa: F401 - registers it
 from .attention import attention
 from .cache_mark import cache_mark
 from .cached_latent_attention import cached_latent_attention
 from .latent_attention import latent_attention
 from .packed_mask import packed_mask
 from .paged_attention import paged_attention
+from .rotary_latent_attention import rotary_latent_attention
 from .rotary_paged_attention import rotary_paged_attention
 
 __all__ = [
@@ -20,5 +22,6 @@ __all__ = [
     "latent_attention",
     "packed_mask",
     "paged_attention",
+    "rotary_latent_attention",
     "rotary_paged_attention",
 ]

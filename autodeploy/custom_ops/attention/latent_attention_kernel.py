@@ -26,11 +26,12 @@ def _attend_rows(
     cache_ptr, table_ptr, c_page, c_slot, scale, unit, softcap,
     MAIN: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MAIN: tl.constexpr, BLOCK_REST: tl.constexpr, FLOOR: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_keys` of paged attention, for q [M, MAIN] and q_rest [M, REST].
 
-    Every block is masked: beside rows this wide it costs little. Returns acc [M, MAIN], top and
+    Every block is masked: beside rows this wide it costs little. ALL: every query sees every key
+    up to `last`, and none after it. Returns acc [M, MAIN], top and
     total [M].
     """
     d = tl.arange(0, BLOCK_MAIN)
@@ -55,7 +56,11 @@ def _attend_rows(
             else:
                 k_rest = tl.load(rest_at, mask=(r < REST)[None, :], other=0.0)
             s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
-        s = shape_scores(s, key, query, lowest, slope, scale, softcap, True, FLOOR, SOFTCAP, ALIBI)
+        s = shape_scores(
+            s, key, query, lowest, slope, scale, softcap, not ALL, FLOOR, SOFTCAP, ALIBI
+        )
+        if ALL:
+            s = tl.where((key <= last)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
         p = tl.exp2(s * unit - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -137,7 +142,7 @@ def latent_decode_kernel(
         cache_ptr + kv_head // PARTS * c_head,
         table_ptr + tl.cast(sequence, tl.int64) * table_stride, c_page, c_slot, scale, unit,
         softcap, MAIN, REST, PAGE, BLOCK_N, BLOCK_MAIN, BLOCK_REST, False, SOFTCAP, ALIBI,
-        PRECISION,
+        PRECISION, False,
     )  # fmt: skip
     dv = tl.arange(0, BLOCK_MAIN)
     kept = (m < GROUP)[:, None] & (dv < DV)[None, :]
@@ -289,7 +294,7 @@ def latent_prefill_kernel(
         tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32),
         q, q_rest, query, lowest, slope, start, last_query + 1, last_query,
         cache_ptr, table_ptr, c_page, c_slot, scale, unit, softcap, MAIN, REST, PAGE,
-        BLOCK_N, BLOCK_MAIN, BLOCK_REST, FLOOR, SOFTCAP, ALIBI, PRECISION,
+        BLOCK_N, BLOCK_MAIN, BLOCK_REST, FLOOR, SOFTCAP, ALIBI, PRECISION, False,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E

@@ -17,10 +17,9 @@ from ..rope.rotary_kernel import weighted
 from .paged_attention_kernel import (
     LOG2E,
     LOWEST,
-    add_sink,
+    ask_for,
     lowest_seen,
     merge_splits,
-    shape_scores,
 )
 
 
@@ -115,9 +114,12 @@ def _load_turn(cos_ptr, sin_ptr, g, d, HALF: tl.constexpr, INTERLEAVED: tl.const
 def _turn(
     own, other, weight, other_weight, cos, sin, d, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    FIRST: tl.constexpr, DTYPE: tl.constexpr,
+    FIRST: tl.constexpr, DTYPE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart: DTYPE."""
+    """Heads [M, BLOCK_D] normalised and turned, with the rounding of the ops apart.
+
+    To DTYPE; products with cosines and sines to theirs, TABLE, first.
+    """
     y = own
     if NORM:
         scale = tl.rsqrt(tl.sum(own * own, 1, keep_dims=True) / D + eps)
@@ -126,30 +128,76 @@ def _turn(
             other = weighted(other, scale, other_weight, offset, WEIGHT, FIRST, DTYPE)
     if HALF > 0:
         # Products are rounded before the sum, as by torch; the compiler may spare one of them.
-        turned = (y * cos).to(DTYPE).to(tl.float32) + (other * sin).to(DTYPE).to(tl.float32)
+        turned = (y * cos).to(TABLE).to(tl.float32) + (other * sin).to(TABLE).to(tl.float32)
         y = tl.where(d < 2 * HALF, turned, y)
     return y.to(DTYPE)
 
 
 @triton.jit
-def _own_score(
-    q, k, position, query, slope, scale, unit, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr
-):
-    """Scores [M] of one new key, each row of k [M, BLOCK_D], at a position; in units of log2."""
-    s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1, keep_dims=True)
-    key = tl.zeros([1], tl.int32) + position
-    s = shape_scores(s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI)
-    return tl.sum(s, 1) * unit
+def _shape(s, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """What is done to products s of queries and keys `distance` away; all of them broadcast."""
+    if SOFTCAP:
+        # tanh x = 1 - 2 / (e^2x + 1): right at both ends, where e^2x is 0 or infinite.
+        s = 1.0 - 2.0 / (tl.exp2(s * (scale * 2.0 * LOG2E / softcap)) + 1.0)
+        s = s * (softcap * LOG2E)
+    if ALIBI:
+        if not SOFTCAP:
+            s = s * (scale * LOG2E)
+        s = s + slope * distance.to(tl.float32)
+    return s
+
+
+@triton.jit
+def _weigh(
+    s, key, stop, position, top, slope, scale, unit, softcap,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Powers [BLOCK_N, BLOCK_G] of products s of keys and queries, and their new top."""
+    s = _shape(s, (key - position)[:, None], slope[None, :], scale, softcap, SOFTCAP, ALIBI)
+    s = tl.where((key < stop)[:, None], s * unit, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 0))
+    return tl.exp2(s - new_top[None, :]), new_top
 
 
 @triton.jit
 def _add_key(acc, top, total, score, v):
-    """One more key for each row, of score [M] and value v [BLOCK_DV]."""
+    """One more key for each column, of score [BLOCK_G] and value v [BLOCK_DV]."""
     new_top = tl.maximum(top, score)
     shrink = tl.exp2(top - new_top)
     share = tl.exp2(score - new_top)
-    acc = acc * shrink[:, None] + share[:, None] * v.to(tl.float32)[None, :]
+    acc = acc * shrink[None, :] + share[None, :] * v.to(tl.float32)[:, None]
     return acc, new_top, total * shrink + share
+
+
+@triton.jit
+def _leave(
+    acc, top, total, out_ptr, partial_ptr, stats_ptr, sinks_ptr, place, kv_head, split, splits,
+    used, GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SINKS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Writes the result of a sequence's only range, or the sums of one of several."""
+    g = tl.arange(0, BLOCK_G)
+    dv = tl.arange(0, BLOCK_DV)
+    kept = (dv < DV)[:, None] & (g < GROUP)[None, :]
+    if used == 1:
+        if SINKS:
+            # One more key, of a value of zeros.
+            sink = tl.load(sinks_ptr + kv_head * GROUP + tl.minimum(g, GROUP - 1)).to(tl.float32)
+            nothing = tl.zeros([BLOCK_DV], tl.float32)
+            acc, top, total = _add_key(acc, top, total, sink * LOG2E, nothing)
+        out_at = out_ptr + (tl.cast(place, tl.int64) * GROUP + g)[None, :] * DV + dv[:, None]
+        tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=kept)
+    if SPLIT and used > 1:
+        part = (place * splits + split) * GROUP + g
+        tl.store(partial_ptr + part[None, :] * DV + dv[:, None], acc, mask=kept)
+        tl.store(stats_ptr + part * 2, top, mask=g < GROUP)
+        tl.store(stats_ptr + part * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def _page_of(key, PAGE: tl.constexpr):
+    """Which page of a sequence a key is in; one shift, where a signed quotient has a sign to see."""
+    return (key.to(tl.uint32) // PAGE).to(tl.int32)
 
 
 @triton.jit
@@ -159,38 +207,18 @@ def _load_block(
 ):  # fmt: skip
     """Keys or values [BLOCK_N, BLOCK_D] before `stop`, zeros from there on."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = cache_ptr + (page.to(tl.int64) * page_stride + key % PAGE * slot_stride)[:, None] + d
+    inside = (key.to(tl.uint32) % PAGE).to(tl.int32)
+    at = cache_ptr + (page.to(tl.int64) * page_stride + inside * slot_stride)[:, None] + d
     there = (key < stop)[:, None]
     if BLOCK_D != D:
         there = there & (d < D)
     return tl.load(at, mask=there, other=0.0)
 
 
-@triton.jit
-def _ask_for(cache_ptr, page, inside, page_stride, slot_stride, D: tl.constexpr):
-    """Asks for the rows of a cache at some places [N] to be brought to the L2 cache.
-
-    Line by line, a thread each: `cp.async.bulk.prefetch.L2` takes whole rows, but its address is
-    uniform, so that a warp issues it once for every thread, one after the other.
-    """
-    LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (D + LINE - 1) // LINE
-    line = tl.arange(0, triton.next_power_of_2(LINES)) * LINE
-    row = cache_ptr + page.to(tl.int64) * page_stride + inside * slot_stride
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [(row[:, None] + tl.minimum(line, D - 1)[None, :]).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(
     do_not_specialize=[
-        "table_stride", "slot_stride", "sequences", "splits", "least", "window", "chunk", "q_eps",
-        "k_eps", "offset",
+        "table_stride", "slot_stride", "sequences", "pages", "splits", "least", "window", "chunk",
+        "q_eps", "k_eps", "offset",
     ],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr", "slot_ptr"],
 )  # fmt: skip
@@ -199,8 +227,8 @@ def rotary_decode_kernel(
     slot_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr, partial_ptr,
     stats_ptr, arrived_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_slot, k_cache_head, v_page,
-    v_slot, v_cache_head, table_stride, slot_stride, cos_token, sin_token, sequences, splits, least,
-    scale, unit, softcap, window, chunk, q_eps, k_eps, offset,
+    v_slot, v_cache_head, table_stride, slot_stride, cos_token, sin_token, sequences, pages,
+    splits, least, scale, unit, softcap, window, chunk, q_eps, k_eps, offset,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
@@ -209,20 +237,41 @@ def rotary_decode_kernel(
     SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr, AHEAD: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T * HKV * splits), T tokens of as many sequences: one range of a token's keys.
+    """Grid (HKV, T, splits), T tokens of as many sequences: one range of a token's keys.
 
     q [T, HKV * GROUP, D], k [T, HKV, D], v [T, HKV, DV]; cos and sin [T, 2 * HALF]. Keys of
     earlier steps are cut into at most `splits` ranges of at least `least` blocks, as many as there
     are for; the program of the last range also takes the new key, and writes it and its value to
     their slot. SPLIT: there can be more than one range; the program that arrives last at `arrived`
-    [T, HKV] merges them and sets it back to 0 for the next launch. AHEAD: blocks after a range's
-    first one that are asked for before the wait.
+    [T, HKV] merges them and sets it back to 0 for the next launch. Ranges that nobody needs are
+    numbered last, so that those in use spread over the device. AHEAD: blocks after a range's second
+    one that are asked for before the wait.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    program = tl.program_id(0)
-    split = program % splits
-    kv_head = (program // splits) % HKV
-    token = program // (splits * HKV)
+    TABLE: tl.constexpr = cos_ptr.dtype.element_ty
+    kv_head = tl.program_id(0)
+    token = tl.program_id(1)
+    split = tl.program_id(2)
+    n = tl.arange(0, BLOCK_N)
+    # Where the first block lies if the token is its sequence's only one and no range is longer
+    # than it must: asked for beside the lengths, not after them.
+    guess = split * least * BLOCK_N
+    at = _page_of(guess + n, PAGE)
+    guessed = tl.load(
+        table_ptr + tl.cast(token, tl.int64) * table_stride + at, mask=at < pages, other=0
+    )
+    g = tl.arange(0, BLOCK_G)
+    # Rows past the group repeat its last head and are not stored.
+    head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    dv = tl.arange(0, BLOCK_DV)
+    rows = g[:, None]
+    q_weight, q_other_weight = _load_weight(q_norm_ptr, rows, d, D, HALF, INTERLEAVED, Q_WEIGHT)
+    k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
+    slope = tl.zeros([BLOCK_G], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+    slot = tl.load(slot_ptr + token * slot_stride).to(tl.int64)
     sequence, begin, end, known = _find_token(cu_q_ptr, kv_len_ptr, token, sequences)
     position = known - end + token
     low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
@@ -237,40 +286,36 @@ def rotary_decode_kernel(
     stop = tl.minimum(start + each * BLOCK_N, old)
     last = split == used - 1
 
-    n = tl.arange(0, BLOCK_N)
     table_ptr += tl.cast(sequence, tl.int64) * table_stride
     k_cache_ptr += kv_head * k_cache_head
     v_cache_ptr += kv_head * v_cache_head
     key = start + n
-    page = tl.load(table_ptr + key // PAGE, mask=key < stop, other=0)
-    # Where the next block lies is known before it is asked for.
-    next_page = tl.load(table_ptr + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < stop, other=0)
+    right = (sequence == token) & (start == guess)
+    page = tl.load(table_ptr + _page_of(key, PAGE), mask=(key < stop) & (not right), other=0)
+    page = tl.where(right & (key < stop), guessed, page)
+    # Where a block lies is known before it is asked for.
+    ahead = key + BLOCK_N
+    next_page = tl.load(table_ptr + _page_of(ahead, PAGE), mask=ahead < stop, other=0)
+    if PDL:
+        # Here, for what follows waits until keys are there.
+        tl.extra.cuda.gdc_launch_dependents()
+    # The first block lies in shared memory when the wait is over, a second one in registers. The
+    # compiler has a block moved as soon as it is loaded: what comes first is what is needed first.
     k = _load_block(k_cache_ptr, page, key, stop, k_page, k_slot, D, PAGE, BLOCK_D)
     v = _load_block(v_cache_ptr, page, key, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
-    if AHEAD > 0 and start + BLOCK_N < stop:
-        for block in tl.static_range(1, AHEAD + 1):
+    next_k = _load_block(k_cache_ptr, next_page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
+    next_v = _load_block(v_cache_ptr, next_page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+    next_page = tl.load(
+        table_ptr + _page_of(ahead + BLOCK_N, PAGE), mask=ahead + BLOCK_N < stop, other=0
+    )
+    if AHEAD > 0 and start + 2 * BLOCK_N < stop:
+        for block in tl.static_range(2, AHEAD + 2):
             there = tl.minimum(start + block * BLOCK_N + n, stop - 1)
-            ahead_page = tl.load(table_ptr + there // PAGE)
+            ahead_page = tl.load(table_ptr + _page_of(there, PAGE))
             inside = there % PAGE
-            _ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, D)
-            _ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, DV)
-    g = tl.arange(0, BLOCK_G)
-    # Rows past the group repeat its last head and are not stored.
-    head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    dv = tl.arange(0, BLOCK_DV)
-    rows = g[:, None]
-    q_weight, q_other_weight = _load_weight(q_norm_ptr, rows, d, D, HALF, INTERLEAVED, Q_WEIGHT)
-    k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
-    slope = tl.zeros([BLOCK_G], tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
-    sink = tl.zeros([BLOCK_G], tl.float32)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-    slot = tl.load(slot_ptr + token * slot_stride).to(tl.int64)
+            ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, D)
+            ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, DV)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     row = tl.cast(token, tl.int64)
@@ -278,85 +323,88 @@ def rotary_decode_kernel(
     k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
     q_own, q_other = _load_heads(q_at, d, D, HALF, INTERLEAVED)
     k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
-    v_new = tl.load(v_ptr + row * v_token + kv_head * v_head + dv, mask=dv < DV, other=0.0)
     cos, sin = _load_turn(
         cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
     )
+    v_new = tl.load(v_ptr + row * v_token + kv_head * v_head + dv, mask=dv < DV, other=0.0)
     q = _turn(
         q_own, q_other, q_weight, q_other_weight, cos, sin, d, q_eps, offset, D, HALF, Q_NORM,
-        Q_WEIGHT, FIRST, DTYPE,
+        Q_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
-    query = tl.zeros([BLOCK_G], tl.int32) + position
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     # No branch: every program loads the new key, or the load would wait for the queries.
     k_new = _turn(
         k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-        K_WEIGHT, FIRST, DTYPE,
+        K_WEIGHT, FIRST, DTYPE, TABLE,
     )  # fmt: skip
-    own_score = _own_score(q, k_new, position, query, slope, scale, unit, softcap, SOFTCAP, ALIBI)
-    own_score = tl.where(last, own_score, float("-inf"))
-    inside = slot % PAGE
-    k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + rows * 0 + d
-    tl.store(k_to, k_new, mask=(rows == 0) & (d < D) & last)
-    v_to = v_cache_ptr + (slot // PAGE) * v_page + inside * v_slot + dv
-    tl.store(v_to, v_new, mask=(dv < DV) & last)
-
-    top = tl.full([BLOCK_G], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    for first in range(start, stop, BLOCK_N):
+    # The new key is the first of the last range.
+    own_score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
+    own_score = unit * _shape(own_score, token * 0, slope, scale, softcap, SOFTCAP, ALIBI)
+    top = tl.where(last, own_score, LOWEST)
+    total = tl.zeros([BLOCK_G], tl.float32) + tl.where(last, 1.0, 0.0)
+    acc = tl.zeros([BLOCK_DV, BLOCK_G], tl.float32)
+    acc += tl.where(last, v_new.to(tl.float32), 0.0)[:, None]
+    p, new_top = _weigh(s, key, stop, position, top, slope, scale, unit, softcap, SOFTCAP, ALIBI)
+    shrink = tl.exp2(top - new_top)
+    acc = tl.dot(tl.trans(v), p.to(DTYPE), acc * shrink[None, :], input_precision=PRECISION)
+    total = total * shrink + tl.sum(p, 0)
+    top = new_top
+    k = next_k
+    v = next_v
+    for first in range(start + BLOCK_N, stop, BLOCK_N):
         key = first + n
         ahead = key + BLOCK_N
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         # These keys are in shared memory now: the next ones take their registers.
         page = next_page
         k = _load_block(k_cache_ptr, page, ahead, stop, k_page, k_slot, D, PAGE, BLOCK_D)
         next_page = tl.load(
-            table_ptr + (ahead + BLOCK_N) // PAGE, mask=ahead + BLOCK_N < stop, other=0
+            table_ptr + _page_of(ahead + BLOCK_N, PAGE), mask=ahead + BLOCK_N < stop, other=0
         )
-        s = shape_scores(s, key, query, query, slope, scale, softcap, False, False, SOFTCAP, ALIBI)
-        s = tl.where((key < stop)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * unit)
-        p = tl.exp2(s * unit - new_top[:, None])
+        p, new_top = _weigh(
+            s, key, stop, position, top, slope, scale, unit, softcap, SOFTCAP, ALIBI
+        )
         shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(v), p.to(DTYPE), acc * shrink[None, :], input_precision=PRECISION)
         v = _load_block(v_cache_ptr, page, ahead, stop, v_page, v_slot, DV, PAGE, BLOCK_DV)
+        total = total * shrink + tl.sum(p, 0)
         top = new_top
 
-    acc, top, total = _add_key(acc, top, total, own_score, v_new)
-    # The sequence's other tokens of this step, where it brings more than one.
-    first_new = tl.where(last, tl.maximum(begin, low - known + end), token)
-    for earlier in range(first_new, token):
-        row = tl.cast(earlier, tl.int64)
-        k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
-        k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
-        cos, sin = _load_turn(
-            cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
-        )
-        k_weight, k_other_weight = _load_weight(k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT)
-        k_new = _turn(
-            k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF, K_NORM,
-            K_WEIGHT, FIRST, DTYPE,
-        )  # fmt: skip
-        s = _own_score(
-            q, k_new, known - end + earlier, query, slope, scale, unit, softcap, SOFTCAP, ALIBI
-        )
-        v_at = v_ptr + row * v_token + kv_head * v_head + dv
-        acc, top, total = _add_key(acc, top, total, s, tl.load(v_at, mask=dv < DV, other=0.0))
-
     place = token * HKV + kv_head
-    kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
-    if used == 1:
-        if SINKS:
-            acc, total = add_sink(acc, top, total, sink)
-        out_at = out_ptr + (tl.cast(place, tl.int64) * GROUP + g)[:, None] * DV + dv[None, :]
-        tl.store(out_at, (acc / total[:, None]).to(DTYPE), mask=kept)
+    # The sequence's other tokens of this step, where it brings more than one. Results are left in
+    # either branch: those of the usual one never change their layout for this loop.
+    first_new = tl.where(last, tl.maximum(begin, low - known + end), token)
+    if first_new < token:
+        for earlier in range(first_new, token):
+            row = tl.cast(earlier, tl.int64)
+            k_at = k_ptr + row * k_token + kv_head * k_head + rows * 0
+            k_own, k_other = _load_heads(k_at, d, D, HALF, INTERLEAVED)
+            cos, sin = _load_turn(
+                cos_ptr + row * cos_token, sin_ptr + row * sin_token, rows, d, HALF, INTERLEAVED
+            )
+            k_weight, k_other_weight = _load_weight(
+                k_norm_ptr, rows, d, D, HALF, INTERLEAVED, K_WEIGHT
+            )
+            k_earlier = _turn(
+                k_own, k_other, k_weight, k_other_weight, cos, sin, d, k_eps, offset, D, HALF,
+                K_NORM, K_WEIGHT, FIRST, DTYPE, TABLE,
+            )  # fmt: skip
+            score = tl.sum(q.to(tl.float32) * k_earlier.to(tl.float32), 1)
+            score = unit * _shape(score, earlier - token, slope, scale, softcap, SOFTCAP, ALIBI)
+            v_at = v_ptr + row * v_token + kv_head * v_head + dv
+            acc, top, total = _add_key(
+                acc, top, total, score, tl.load(v_at, mask=dv < DV, other=0.0)
+            )
+        _leave(
+            acc, top, total, out_ptr, partial_ptr, stats_ptr, sinks_ptr, place, kv_head, split,
+            splits, used, GROUP, DV, BLOCK_G, BLOCK_DV, SINKS, SPLIT,
+        )  # fmt: skip
+    else:
+        _leave(
+            acc, top, total, out_ptr, partial_ptr, stats_ptr, sinks_ptr, place, kv_head, split,
+            splits, used, GROUP, DV, BLOCK_G, BLOCK_DV, SINKS, SPLIT,
+        )  # fmt: skip
     if SPLIT and used > 1:
-        part = (place * splits + split) * GROUP + g
-        tl.store(partial_ptr + part[:, None] * DV + dv[None, :], acc, mask=kept)
-        tl.store(stats_ptr + part * 2, top, mask=g < GROUP)
-        tl.store(stats_ptr + part * 2 + 1, total, mask=g < GROUP)
         # All threads have stored before one of them says so.
         tl.debug_barrier()
         before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")
@@ -366,3 +414,9 @@ def rotary_decode_kernel(
                 kv_head, splits, used, GROUP, DV, BLOCK_DV, MERGE_G, MERGE_S, SINKS,
             )  # fmt: skip
             tl.store(arrived_ptr + place, 0)
+    # Last, for nobody waits for it: only later steps read these.
+    inside = slot % PAGE
+    k_to = k_cache_ptr + (slot // PAGE) * k_page + inside * k_slot + rows * 0 + d
+    tl.store(k_to, k_new, mask=(rows == 0) & (d < D) & last)
+    v_to = v_cache_ptr + (slot // PAGE) * v_page + inside * v_slot + dv
+    tl.store(v_to, v_new, mask=(dv < DV) & last)

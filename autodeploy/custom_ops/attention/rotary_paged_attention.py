@@ -52,15 +52,15 @@ def rotary_paged_attention(
 
     q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv] may be views of one projection's rows. A norm
     is applied where its eps is given, with or without the weight q_norm or k_norm [D]; cos and
-    sin [1, T, R] with R <= D, or neither. Between its parts the result has the dtypes, and so the
-    rounding, of the three ops one after the other.
+    sin [1, T, R] with R <= D, or neither; heads keep their dtype. Between its parts the result has
+    the dtypes, and so the rounding, of the three ops one after the other.
     """
     if q_eps is not None:
         q = rms_norm(q, q_norm, q_eps, norm_offset, cast_before_weight)
     if k_eps is not None:
         k = rms_norm(k, k_norm, k_eps, norm_offset, cast_before_weight)
     if cos is not None and sin is not None:
-        q, k = (x[0] for x in rope(q[None], k[None], cos, sin, interleaved, 2))
+        q, k = (x[0] for x in rope(q[None], k[None], cos, sin, interleaved, 2, True))
     return paged_attention(
         q, k, v, k_cache, v_cache, cu_q, kv_len, block_table, slot, scale, window, chunk, softcap,
         sinks, alibi_slopes,

@@ -33,7 +33,9 @@ class Tiles:
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
     ahead: int = 0
-    """Blocks after the first one that are asked for before the wait for the kernel in front."""
+    """Blocks after the second one that are asked for before the wait for the kernel in front."""
+    merge: int = 64
+    """Numbers of the ranges that a thread has on their way to it when it adds them up."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
 
     width: of a head, a power of 2. heads: of keys, of all sequences together.
     """
-    rows = triton_block(group, 16)
+    rows = triton_block(group, 8)
     multiprocessors = gpu.multiprocessors(device.index or 0)
     # 16 KiB of keys and of values are 64 registers a thread: with some 220 in all two programs
     # share a multiprocessor, of half as many keys four. Ranges are cut so that all programs are
@@ -68,13 +70,16 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
 def holds(q: torch.Tensor, k: torch.Tensor, sequences: int) -> bool:
     """Whether `decode_heads` takes a step of q [T, Hq, D] and k [T, Hkv, D].
 
-    Only where sequences have to be cut. With more of them the loop of `decode_kernel`, whose keys
-    come through shared memory, is nearer to the memory's speed: 64 sequences of 576 keys and 8
-    heads of 128 take 59 us here, 44 there and in the launch that turns heads.
+    Only where sequences have to be cut, and wider heads earlier than those of 128. With more of
+    them the loop of `decode_kernel`, whose keys come through shared memory, is nearer to the
+    memory's speed. In us on an H200, 64 sequences of 576 keys: 8 heads of 128 took 59 here, 44
+    there and in the launch that turns heads; 2 heads of 256 took 50 here, 18 are their bytes.
     """
-    rows = triton_block(q.shape[1] // k.shape[1], 16)
-    few = sequences * k.shape[1] <= gpu.multiprocessors(q.device.index or 0)
-    return len(q) == sequences and few and rows * triton_block(q.shape[2], 16) <= LARGEST
+    width = triton_block(q.shape[2], 16)
+    rows = triton_block(q.shape[1] // k.shape[1], 8)
+    room = 128 * gpu.multiprocessors(q.device.index or 0)
+    few = sequences * k.shape[1] * max(128, width) <= room
+    return len(q) == sequences and few and rows * width <= LARGEST
 
 
 def decode_heads(
@@ -114,24 +119,25 @@ def decode_heads(
     if splits > 1:
         met = scratch(q.device, cut.programs, group, value_width)
     merged = min(triton_block(group), max(1, 2048 // block_dv))
+    together = min(triton_block(splits), 32 * cut.warps * cut.merge // (merged * block_dv))
     cos, sin = (
         q if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (turn.cos, turn.sin)
     )
-    rotary_decode_kernel[(tokens * kv_heads * splits,)](
+    rotary_decode_kernel[(kv_heads, tokens, splits)](
         q, k, v, k_cache, v_cache, out, cu_q, kv_len, block_table, slot, cos, sin,
         q if norm.q_weight is None else norm.q_weight,
         q if norm.k_weight is None else norm.k_weight, *form.tensors, *met,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], block_table.stride(0), slot.stride(0), cos.stride(1), sin.stride(1),
-        tokens, splits, cut.least, *form.numbers, norm.q_eps or 0.0, norm.k_eps or 0.0,
-        norm.offset, HKV=kv_heads, GROUP=group, D=width, DV=value_width, PAGE=page_size,
-        BLOCK_G=triton_block(group, 16), BLOCK_N=cut.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        tokens, block_table.shape[1], splits, cut.least, *form.numbers,
+        norm.q_eps or 0.0, norm.k_eps or 0.0, norm.offset,
+        HKV=kv_heads, GROUP=group, D=width, DV=value_width, PAGE=page_size,
+        BLOCK_G=triton_block(group, 8), BLOCK_N=cut.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
         HALF=0 if turn.cos is None else turn.cos.shape[2] // 2, INTERLEAVED=turn.interleaved,
         Q_NORM=norm.q_eps is not None, K_NORM=norm.k_eps is not None,
         Q_WEIGHT=norm.q_weight is not None, K_WEIGHT=norm.k_weight is not None,
         FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, MERGE_G=merged,
-        MERGE_S=max(2, min(16, 8192 // (merged * block_dv))),
-        AHEAD=cut.ahead if pdl else 0,
+        MERGE_S=max(2, together), AHEAD=cut.ahead if pdl else 0,
         PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
         num_stages=1, **overlap(pdl), **({"maxnreg": cut.registers} if cut.registers else {}),
     )  # fmt: skip

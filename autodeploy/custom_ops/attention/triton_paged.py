@@ -39,6 +39,11 @@ class DecodeTiles:
     """A sequence is cut as long as the launch stays within this number of programs."""
     warps: int
     stages: int
+    early: int = 0
+    """Blocks of a range that are asked for before the wait for the kernel in front."""
+    trigger: str = "start"
+    """Where the next kernel may begin: at the "start", at the "end" of the keys or "never" before
+    this one ends."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +232,14 @@ def launch_decode(site: _Site, form: Form, tiles: DecodeTiles) -> None:
         met = scratch(site.q.device, tiles.programs, site.group, site.shape["DV"])
     block_dv = site.shape["BLOCK_DV"]
     merged = min(triton_block(site.group), max(1, 2048 // block_dv))
-    pdl = gpu.overlaps_launches()
+    pdl, mixed = gpu.overlaps_launches(), len(site.q) != site.sequences
     decode_kernel[(rows * splits,)](
         *site.addresses, *form.tensors, *met, *site.strides, splits, tiles.least,
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
-        MIXED=len(site.q) != site.sequences, PDL=pdl, num_warps=tiles.warps,
-        num_stages=tiles.stages, **overlap(pdl),
+        MIXED=mixed, EARLY=tiles.early if pdl and not mixed else 0, TRIGGER=tiles.trigger, PDL=pdl,
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
     )  # fmt: skip
 
 

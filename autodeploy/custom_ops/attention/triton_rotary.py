@@ -53,7 +53,7 @@ def triton_rotary(
     norm_offset: float = 0.0,
     cast_before_weight: bool = True,
 ) -> torch.Tensor:
-    """As `rotary_paged_attention`; one dtype."""
+    """As `rotary_paged_attention`; one dtype, but cos and sin may be float32."""
     norm = HeadNorm(q_norm, k_norm, q_eps, k_eps, norm_offset, cast_before_weight)
     if holds(q, k, len(kv_len)):
         form = triton_paged.Form.of(scale, window, chunk, softcap, sinks, alibi_slopes, q)

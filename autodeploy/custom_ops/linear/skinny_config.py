@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,12 +15,20 @@ NORM_DOT_TOKENS = 32
 """The same for products that only take in a norm."""
 HEAD_ROWS = 65536
 """From this many rows on cuBLAS reads a weight as fast as it can be read."""
+NARROW_TOKENS = 256
+"""Most tokens that a small weight's product runs on `dot_kernel` for."""
+NARROW_BYTES = 16384
+"""Bytes of a small weight, for each multiprocessor."""
+NARROW_ROWS, NARROW_SPLIT = 16, 8
+"""Rows of a tile of a small weight, and the most parts of a row."""
 WIDE_SPARE = 16
 """Most tokens that a tile of `wide_kernel` may lack."""
 MANY_TOKENS = 2048
 """From this many tokens on a gated product of narrow rows runs on `wide_kernel`."""
+MOST_PARTS = 32
+"""Most parts of a split product."""
 SHARED_BYTES = 224 * 1024
-"""Shared memory that the stages of one program may take."""
+"""Shared memory that the stages of one program may take, or of those in one multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,9 @@ class Tiling:
     block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
     early: bytes of each weight row that a program asks for before it waits for its predecessor.
     split and norms mean something to `dot_kernel` only: norms, whether it applies a norm itself or
-    finds x normed. The last three do to `wide_kernel` only: tokens of a tile, programs that tiles
-    are dealt to (0: one for each), and token tiles that are worked on side by side.
+    finds x normed. block_m: tokens of a tile, for `dot_kernel` 0 if all. The last two mean
+    something to `wide_kernel` only: programs that tiles are dealt to (0: one for each), and token
+    tiles that are worked on side by side.
     """
 
     kernel: Literal["gemv", "dot", "wide", "cublas"]
@@ -44,6 +54,27 @@ class Tiling:
     block_m: int = 0
     programs: int = 0
     group: int = 8
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How few tokens fill the device: tiles of `columns` and `depth`, `programs` a multiprocessor.
+
+    On `dot_kernel`, with as many equal parts of K as make no more programs than that; norms: a norm
+    is applied in the kernel. shares: on `wide_kernel`, which deals all steps out evenly.
+    """
+
+    columns: int
+    depth: int
+    programs: float
+    norms: bool = False
+    shares: bool = False
+
+
+FILLINGS: dict[tuple[bool, bool], Filling | None] = {
+    (False, False): None, (False, True): None, (True, False): None, (True, True): None,
+}  # fmt: skip
+"""By whether a product is gated and whether it has more than 16 tokens; None: `bounded`."""
 
 
 @functools.cache
@@ -74,6 +105,9 @@ def tiling_of(
     most = DOT_TOKENS if ends else NORM_DOT_TOKENS if norm else 0
     if tokens > most or rows >= HEAD_ROWS:
         return _wide(tokens, columns, width, multiprocessors) if gated else Tiling("cublas")
+    filling = FILLINGS[gated, tokens > 16]
+    if filling is not None:
+        return filled(filling, tokens, columns, width, gated, multiprocessors)
     block_k = 64 if gated and tokens > 32 else 128
     return bounded(Tiling("dot", 64, block_k), tokens, columns, width, gated, multiprocessors)
 
@@ -117,6 +151,58 @@ def padded(tokens: int) -> int:
 
 def _power(width: int) -> int:
     return 1 << (width - 1).bit_length()
+
+
+def narrow(tokens: int, rows: int, width: int, multiprocessors: int = 132) -> Tiling | None:
+    """The tiling of a small weight's plain product, such as a router's; None: cuBLAS is as good.
+
+    The whole weight is a tile or less a multiprocessor, and time is latency: every program has all
+    it reads on its way at once. cuBLAS takes 5.5 to 6.5 us for 128 x 2048 and 8 to 256 tokens.
+    """
+    if tokens > NARROW_TOKENS or 2 * rows * width > NARROW_BYTES * multiprocessors:
+        return None
+    block_k, stages = 128, 4
+    block_m = min(64, padded(tokens))
+    split = 1
+    while split * 2 * block_k * stages <= width and split < NARROW_SPLIT:
+        split *= 2
+    return Tiling("dot", NARROW_ROWS, block_k, split, stages, 4, False, 0, block_m)
+
+
+def filled(
+    filling: Filling, tokens: int, columns: int, width: int, gated: bool, multiprocessors: int
+) -> Tiling:
+    """Equal work for every program, with as many stages as there is room for.
+
+    What counts is bytes on their way in a multiprocessor: fewer programs in it have more stages.
+    """
+    block_n, block_k = filling.columns, min(filling.depth, max(16, _power(width)))
+    rows = block_n * (2 if gated else 1)
+    stage = 2 * block_k * (rows + padded(tokens))
+    warps = 8 if rows * padded(tokens) > 64 * 128 else 4
+    if filling.shares:
+        stages = max(2, min(12, SHARED_BYTES // math.ceil(filling.programs) // stage))
+        early, programs = (
+            min(2 * width, 2 * block_k * stages),
+            int(filling.programs * multiprocessors),
+        )
+        return Tiling(
+            "wide", block_n, block_k, 1, stages, warps, False, early, padded(tokens), programs
+        )
+    tiles, steps = -(-columns // block_n), -(-width // block_k)
+    room = int(filling.programs * multiprocessors) // tiles
+    split = max(
+        (n for n in range(2, min(room, steps // 2, MOST_PARTS) + 1) if not steps % n), default=1
+    )
+
+    def stages_of(resident: int) -> int:
+        return max(2, min(8, steps // split, SHARED_BYTES // resident // stage))
+
+    # One stage is being multiplied: what the others hold is on its way.
+    most = max(1, min(4, -(-tiles * split // multiprocessors)))
+    stages = stages_of(max(range(1, most + 1), key=lambda n: (n * (stages_of(n) - 1), n)))
+    early = 2 * block_k * stages
+    return Tiling("dot", block_n, block_k, split, stages, warps, filling.norms, early)
 
 
 def bounded(

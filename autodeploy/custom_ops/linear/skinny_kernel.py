@@ -33,11 +33,18 @@ def norm_scale(
     norm_weight, k, offset, K: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr
 ):
     """What the norm multiplies column k by, float32. ROUNDED: offset + weight is rounded."""
-    scale = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+    loaded = tl.load(norm_weight + k, mask=k < K, other=0.0)
+    return shifted(loaded, offset, HAS_OFFSET, ROUNDED)
+
+
+@triton.jit
+def shifted(loaded, offset, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
+    """As `norm_scale`, of what was loaded of a norm's weight."""
+    scale = loaded.to(tl.float32)
     if HAS_OFFSET:
         scale = scale + offset
         if ROUNDED:
-            scale = scale.to(norm_weight.dtype.element_ty).to(tl.float32)
+            scale = scale.to(loaded.dtype).to(tl.float32)
     return scale
 
 
@@ -169,12 +176,26 @@ def gemv_kernel(
 
 
 @triton.jit
+def residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL: tl.constexpr):
+    """What is added to columns [BLOCK_N] of tokens [BLOCK_M]; 0 if nothing is."""
+    tile = 0.0
+    if HAS_RESIDUAL:
+        mask = (column < outputs)[:, None] & (token < tokens)[None, :]
+        place = token[None, :] * outputs + column[:, None]
+        tile = tl.load(residual + place, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def finish(
-    first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+    first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
     K: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Whole sums [BLOCK_N, BLOCK_M] and sums of squares [BLOCK_M] to a tile of out."""
+    """Whole sums [BLOCK_N, BLOCK_M] and sums of squares [BLOCK_M] to a tile of out.
+
+    added: of `residual_tile`.
+    """
     DTYPE: tl.constexpr = out.dtype.element_ty
     mask = (column < outputs)[:, None] & (token < tokens)[None, :]
     if NORM:
@@ -189,7 +210,7 @@ def finish(
     y = gate(first, second, ACTIVATION, GATED, DTYPE)
     place = token[None, :] * outputs + column[:, None]
     if HAS_RESIDUAL:
-        y = y + tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        y = y + added.to(tl.float32)
     tl.store(out + place, y.to(DTYPE), mask=mask)
 
 
@@ -202,18 +223,19 @@ def dot_kernel(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens <= BLOCK_M, K], weight [outputs or twice that, K] -> out [tokens, outputs].
+    """x [tokens, K], weight [outputs or twice that, K] -> out [tokens, outputs].
 
-    Program (i, j) makes columns i * BLOCK_N .. of all tokens over the j-th of SPLIT parts of K.
-    The last part of a tile to arrive adds up all of them in order, so results do not depend on
-    which one that is. scratch: float32, one slot per program; arrivals: int32 zeros, one per tile,
-    left as zeros. EARLY: bytes of each weight row that are asked for before the wait.
+    Program (i, j, m) makes columns i * BLOCK_N .. of tokens m * BLOCK_M .. over the j-th of SPLIT
+    parts of K. The last part of a tile to arrive adds up all of them in order, so results do not
+    depend on which one that is. scratch: float32, one slot per program; arrivals: int32 zeros, one
+    per tile, left as zeros. EARLY: bytes of each weight row that are asked for before the wait.
     WIDE: products of float32, for the interpreter, which has none of bfloat16.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.arange(0, BLOCK_M)
+    beside = tl.arange(0, BLOCK_M)
+    token = tl.program_id(2) * BLOCK_M + beside
     k = tl.arange(0, BLOCK_K)
     row = tl.minimum(column, outputs - 1).to(tl.int64)
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
@@ -225,10 +247,17 @@ def dot_kernel(
         prefetch(weight + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
         if GATED:
             prefetch(weight + half + begin, tile * BLOCK_N, outputs, K, BLOCK_N, EARLY)
+    if NORM and HAS_NORM_WEIGHT:
+        # One step ahead: it is too little for an asynchronous copy, and would be waited for.
+        following = tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
+    # Asked for before the loop, which hides it, if it is a few registers. Nobody has written the
+    # result yet, which may go to where this lies.
+    if BLOCK_M <= 64:
+        added = residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL)
     first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = first
     square = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -249,7 +278,9 @@ def dot_kernel(
             wide = values.to(tl.float32)
             square += wide * wide
             if HAS_NORM_WEIGHT:
-                scale = norm_scale(norm_weight, here, offset, K, HAS_OFFSET, ROUNDED)
+                scale = shifted(following, offset, HAS_OFFSET, ROUNDED)
+                after = here + BLOCK_K
+                following = tl.load(norm_weight + after, mask=after < K, other=0.0)
                 values = (wide * scale[None, :]).to(x.dtype.element_ty)
         across = tl.trans(values)
         if WIDE:
@@ -270,28 +301,31 @@ def dot_kernel(
                 v = v.to(tl.float32)
             second = tl.dot(v, across, second)
     squares = tl.sum(square, axis=1)
+    if BLOCK_M > 64:
+        added = residual_tile(residual, column, token, tokens, outputs, HAS_RESIDUAL)
 
     if SPLIT == 1:
         finish(
-            first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+            first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
             K, NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
         )  # fmt: skip
     else:
         AREA: tl.constexpr = BLOCK_N * BLOCK_M
         SLOT: tl.constexpr = AREA * (2 if GATED else 1) + BLOCK_M
-        slots = scratch + tile.to(tl.int64) * (SPLIT * SLOT)
+        number = tl.program_id(2) * tl.num_programs(0) + tile
+        slots = scratch + number.to(tl.int64) * (SPLIT * SLOT)
         mine = slots + part * SLOT
-        index = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + token[None, :]
+        index = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + beside[None, :]
         tl.store(mine + index, first)
         if GATED:
             tl.store(mine + AREA + index, second)
         if NORM:
-            tl.store(mine + (SLOT - BLOCK_M) + token, squares)
+            tl.store(mine + (SLOT - BLOCK_M) + beside, squares)
         # All threads have stored before one of them says so.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals + number, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
-            tl.store(arrivals + tile, 0)
+            tl.store(arrivals + number, 0)
             first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             second = first
             squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -301,8 +335,8 @@ def dot_kernel(
                 if GATED:
                     second += tl.load(theirs + AREA + index, cache_modifier=".cg")
                 if NORM:
-                    squares += tl.load(theirs + (SLOT - BLOCK_M) + token, cache_modifier=".cg")
+                    squares += tl.load(theirs + (SLOT - BLOCK_M) + beside, cache_modifier=".cg")
             finish(
-                first, second, squares, bias, residual, out, column, token, tokens, outputs, eps,
+                first, second, squares, bias, added, out, column, token, tokens, outputs, eps,
                 K, NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
             )  # fmt: skip

@@ -183,14 +183,16 @@ def skinny_linear(
             EARLY=_early(tiling, weight, 1), **options,
         )  # fmt: skip
         return out
-    block_m = padded(tokens)
-    split = tiling.split if programs <= MAX_TILES else 1
+    block_m = tiling.block_m or padded(tokens)
+    token_tiles = -(-tokens // block_m)
+    tiles = programs * token_tiles
+    split = tiling.split if tiles <= MAX_TILES else 1
     slot = block_m * (tiling.block_n * (2 if gated else 1) + 1)
     scratch = arrivals = out
     if split > 1:
-        scratch = torch.empty(programs * split * slot, dtype=torch.float32, device=x.device)
+        scratch = torch.empty(tiles * split * slot, dtype=torch.float32, device=x.device)
         arrivals = arrivals_of(x.device)
-    dot_kernel[(programs, split)](
+    dot_kernel[(programs, split, token_tiles)](
         *operands, scratch, arrivals, tokens, columns, eps, norm_offset,
         K=width, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
         EARLY=_early(tiling, weight, split), WIDE=gpu.interpreted(), num_stages=tiling.stages,

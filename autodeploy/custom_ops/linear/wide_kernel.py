@@ -13,7 +13,7 @@ an edge. The weight is the tall operand of the matrix instruction, the tokens ar
 import triton
 import triton.language as tl
 
-from .skinny_kernel import finish, prefetch
+from .skinny_kernel import finish, prefetch, residual_tile
 
 
 @triton.jit
@@ -121,8 +121,9 @@ def wide_kernel(
         column = row + tl.arange(0, BLOCK_N)
         if high - low == STEPS:
             here = token + tl.arange(0, BLOCK_M)
+            added = residual_tile(residual, column, here, tokens, outputs, HAS_RESIDUAL)
             finish(
-                first, second, 0.0, bias, residual, out, column, here, tokens, outputs, 0.0,
+                first, second, 0.0, bias, added, out, column, here, tokens, outputs, 0.0,
                 K, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
             )  # fmt: skip
         else:
@@ -144,6 +145,8 @@ def wide_kernel(
                 for chunk in tl.range(0, BLOCK_M, CHUNK, num_stages=1):
                     beside = chunk + tl.arange(0, CHUNK)
                     index = lane + beside[None, :]
+                    there = token + beside
+                    added = residual_tile(residual, column, there, tokens, outputs, HAS_RESIDUAL)
                     total = tl.zeros((BLOCK_N, CHUNK), tl.float32)
                     other_total = total
                     for other in tl.range(start, stop, num_stages=1):
@@ -153,6 +156,6 @@ def wide_kernel(
                         if GATED:
                             other_total += tl.load(theirs + AREA + index, cache_modifier=".cg")
                     finish(
-                        total, other_total, 0.0, bias, residual, out, column, token + beside,
-                        tokens, outputs, 0.0, K, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
+                        total, other_total, 0.0, bias, added, out, column, there, tokens,
+                         outputs, 0.0, K, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
                     )  # fmt: skip

@@ -199,31 +199,36 @@ def sum_choices_kernel(
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """hidden [T * CHOICES, WIDTH], index and weights [T, CHOICES] -> out [T, WIDTH].
 
     Adds residual [T, WIDTH] before the sum is rounded. Rows whose index is no expert here were
-    never written and are not read.
+    never written and are not read. The kernel in front is the product that makes hidden.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(CHOICES):
-        pair = token * CHOICES + choice
-        expert = tl.load(index + pair)
-        here = (expert >= 0) & (expert < EXPERTS)
-        row = tl.load(hidden + pair * WIDTH + column, mask=inside & here, other=0.0).to(tl.float32)
-        part = row * tl.load(weights + pair).to(tl.float32)
-        if hidden.dtype.element_ty == weights.dtype.element_ty:
-            part = part.to(hidden.dtype.element_ty).to(tl.float32)
-        total += part
+    choice = tl.arange(0, BLOCK_C)
+    pair = token * CHOICES + choice
+    # Before the wait: that product let this start after it had waited itself, so all that came
+    # before it is done. Not from L1, which may hold what was here in an earlier layer.
+    expert = tl.load(index + pair, mask=choice < CHOICES, other=-1, cache_modifier=".cg")
+    here = (expert >= 0) & (expert < EXPERTS)
+    share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    other = tl.zeros([BLOCK], tl.float32)
     if HAS_RESIDUAL:
-        other = tl.load(residual + token * WIDTH + column, mask=inside, other=0.0)
-        total += other.to(tl.float32)
+        place = residual + token * WIDTH + column
+        other = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows = hidden + pair[:, None] * WIDTH + column[None, :]
+    row = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    part = row * share[:, None]
+    if hidden.dtype.element_ty == weights.dtype.element_ty:
+        part = part.to(hidden.dtype.element_ty).to(tl.float32)
+    total = tl.sum(part, axis=0) + other
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)

@@ -96,6 +96,28 @@ def row_up_kernel(
 
 
 @triton.jit
+def _prefetch_rows(start, rows, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
+    """Asks for BYTES from `start` on of rows at offsets [BLOCK_C, BLOCK_N] to be brought to L2.
+
+    Each of 128 threads or more asks for one piece, of a multiple of 16 bytes.
+    """
+    ROWS: tl.constexpr = BLOCK_C * BLOCK_N
+    PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1
+    PIECE: tl.constexpr = BYTES // (16 * PIECES) * 16
+    if PIECE > 0:
+        address = start + rows[:, :, None] + (tl.arange(0, PIECES) * (PIECE // 2))[None, None, :]
+        size = tl.full((BLOCK_C, BLOCK_N, PIECES), PIECE, tl.int32)
+        tl.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address.to(tl.int64), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def row_down_kernel(
     x,
     index,
@@ -116,10 +138,13 @@ def row_down_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[t] = residual[t] + sum over a token's pairs p of weights[p] * (weight[index[p]] @ x[p]
     + bias).
+
+    EARLY: bytes of each row, after its first tile, that are asked for before the wait.
 
     x [T * CHOICES, WIDTH] without gaps, residual and out [T, COLUMNS]. One program per token and
     BLOCK_N columns reads those of all choices side by side, the next tile while it multiplies the
@@ -141,6 +166,11 @@ def row_down_kernel(
     tile = weight + (rows[:, :, None] + (depth * w_column)[None, None, :])
     w = tl.load(tile, mask=some[:, :, None] & (depth < WIDTH)[None, None, :], other=0.0)
     share = tl.load(weights + pair, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    place = token * COLUMNS + column
+    if HAS_RESIDUAL:
+        other = tl.load(residual + place, mask=exists, other=0.0, cache_modifier=".cg")
+    if EARLY > 0:
+        _prefetch_rows(weight + BLOCK_K, rows, BLOCK_C, BLOCK_N, EARLY)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -164,7 +194,6 @@ def row_down_kernel(
         shift = bias + expert[:, None] * COLUMNS + column[None, :]
         parts += tl.load(shift, mask=some, other=0.0).to(tl.float32)
     result = tl.sum(parts * share[:, None], axis=0)
-    place = token * COLUMNS + column
     if HAS_RESIDUAL:
-        result += tl.load(residual + place, mask=exists, other=0.0).to(tl.float32)
+        result += other.to(tl.float32)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=exists)

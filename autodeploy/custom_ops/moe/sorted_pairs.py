@@ -10,7 +10,9 @@ import torch
 from .. import gpu
 
 # Up to the last number of pairs one launch sorts them, with a kernel for each number.
-_FEW = (256, 1024, 4096)
+_FEW = (256, 1024, 2048, 4096)
+# A program per expert has a multiprocessor to itself: pairs per warp are few.
+_PAIRS_PER_WARP = 256
 _CHUNK = 2048
 _TILE = 32
 
@@ -52,7 +54,8 @@ def sort_pairs(index: torch.Tensor, experts: int, rows: int) -> SortedPairs:
         chunk = next(most for most in _FEW if pairs <= most)
         sort_few_kernel[(experts,)](
             index, slots, block_expert, block_count, pairs, EXPERTS=experts, BINS=bins,
-            BLOCK_M=rows, CHUNK=chunk, PDL=pdl, num_warps=max(4, chunk // 512), **options,
+            BLOCK_M=rows, CHUNK=chunk, PDL=pdl,
+            num_warps=min(16, max(4, chunk // _PAIRS_PER_WARP)), **options,
         )  # fmt: skip
         return SortedPairs(slots, block_expert, block_count, rows, blocks)
     chunks = -(-pairs // _CHUNK)

@@ -39,10 +39,14 @@ class RowTile:
 
 @dataclass(frozen=True)
 class DownTile:
-    """Tile of the down product for single rows: numbers of weights that a program holds at once."""
+    """Tile of the down product for single rows: numbers of weights that a program holds at once.
+
+    early: whether the rest of its rows is asked for before it waits for the up product.
+    """
 
     numbers: int
     warps: int
+    early: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,11 +210,12 @@ def by_row(
         **options,
     )  # fmt: skip
     columns, depth = _beside(down, down_tile, choices)
+    early = down.early(2 * down.plain["WIDTH"]) if down_tile.early and options else 0
     row_down_kernel[(-(-down.columns // columns), tokens)](
         inner, index, weights, down.weight, down.bias, out if residual is None else residual, out,
         *down.strides, **down.plain, **shared, HAS_RESIDUAL=residual is not None,
         BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=columns, BLOCK_K=depth,
-        num_warps=down_tile.warps, **options,
+        EARLY=max(0, early - 2 * depth), num_warps=down_tile.warps, **options,
     )  # fmt: skip
     return out
 
@@ -262,11 +267,13 @@ def by_block(
     _block_product(inner, down, hidden, order, 1, tiles.down, known=True)
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    block = min(1024, 1 << (down.columns - 1).bit_length())
+    # All choices of a column are held at once.
+    room = max(256, 8192 >> (choices - 1).bit_length())
+    block = min(1024, room, 1 << (down.columns - 1).bit_length())
     sum_choices_kernel[(tokens, -(-down.columns // block))](
         hidden, index, weights, out if residual is None else residual, out, WIDTH=down.columns,
         EXPERTS=up.experts, CHOICES=choices, HAS_RESIDUAL=residual is not None,
-        BLOCK=block, PDL=pdl, num_warps=4, **options,
+        BLOCK_C=1 << (choices - 1).bit_length(), BLOCK=block, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     return out
 

@@ -1,8 +1,8 @@
-"""routed in Triton: two launches for a single token, norm and cuBLAS apart for more.
+"""routed in Triton: one launch for a single token, norm, product and choice apart for more.
 
-On one H200, norm, product and choice for 128 experts of 2048: 3.6 us for one token. For more, a
-kernel of our own took 12.9 us with 8 tokens and as much as 17 us for the product alone with 64;
-cuBLAS and a norm apart take 10.
+On one H200, norm, product and choice for 128 experts of 2048: 3.6 us for one token when choosing
+was a launch of its own. For more, a kernel with norm and product in it took 12.9 us with 8 tokens;
+apart, and the product in cuBLAS, they take 10, of which the product is 6.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .triton_route import MAX_CHOICES, MAX_EXPERTS, route_rows
 _DTYPES = (torch.bfloat16, torch.float16)
 # Numbers of a weight that one program of `router_row_kernel` holds, and the widest row it can.
 _TILE, _WIDEST = 8192, 16384
+# Most experts of which the last program of a launch chooses: it compares all with all.
+MAX_COMPARED = 128
 
 
 def _applies(choice: Choice) -> bool:
@@ -61,7 +63,13 @@ def routed_rows(
     normed = x.new_empty((tokens if norm else 0, x.shape[1]))
     if tokens == 1:
         form = (norm_weight, norm, eps, norm_offset, cast_before_weight)
-        logits = _single(x.contiguous(), weight, bias, wide, normed, *form)
+        index = torch.empty((1, k), dtype=torch.int64, device=x.device)
+        weights = torch.empty((1, k), dtype=dtype, device=x.device)
+        chooses = weight.shape[0] <= MAX_COMPARED
+        chosen = (index, weights, k if chooses else 0, normalize)
+        logits = _single(x.contiguous(), weight, bias, wide, normed, *form, *chosen)
+        if chooses:
+            return index, weights, normed
     else:
         if norm:
             x = normed = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight)
@@ -72,6 +80,18 @@ def routed_rows(
 def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool
 ) -> torch.Tensor:
+    # Not above: products take their gates from this package.
+    from ..linear.skinny_config import narrow
+    from ..linear.triton_linear import skinny_linear
+
+    tokens, (experts, width) = x.shape[0], weight.shape
+    tiling = narrow(tokens, experts, width, gpu.multiprocessors())
+    if tiling is not None and tokens > 0:
+        dtype = torch.float32 if wide else x.dtype
+        logits = torch.empty((tokens, experts), dtype=dtype, device=x.device)
+        return skinny_linear(
+            x, weight, bias, None, False, 0.0, 0.0, True, "", False, None, tiling, logits
+        )
     if wide and x.is_cuda:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
         return logits if bias is None else logits + bias
@@ -83,9 +103,15 @@ def _product(
 def _single(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool,
     normed: torch.Tensor, norm_weight: torch.Tensor | None, norm: bool, eps: float,
-    norm_offset: float, cast_before_weight: bool,
+    norm_offset: float, cast_before_weight: bool, index: torch.Tensor, weights: torch.Tensor,
+    choices: int, normalize: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits [1, E]; if `norm`, of the row that it writes to `normed`."""
+    """Logits [1, E]; if `norm`, of the row that it writes to `normed`.
+
+    choices above 0: index and weights [1, choices] are written as well.
+    """
+    # Not above: products take their gates from this package.
+    from ..linear.arrivals import arrivals_of
     from .router_kernel import router_row_kernel
 
     experts, width = weight.shape
@@ -100,6 +126,10 @@ def _single(
         "HAS_OFFSET": norm_offset != 0.0,
         "ROUNDED": cast_before_weight,
         "HAS_BIAS": bias is not None,
+        "CHOICES": choices,
+        "NORMALIZE": normalize,
+        "BLOCK_EXPERTS": 1 << (experts - 1).bit_length(),
+        "CHUNK": min(32, 1 << (experts - 1).bit_length()),
         "PDL": pdl,
     }
     if pdl:
@@ -107,7 +137,7 @@ def _single(
     # An absent tensor is never read; any pointer stands for it.
     operands = (
         x, weight, weight if bias is None else bias, weight if norm_weight is None else norm_weight,
-        logits, normed if norm else logits,
+        logits, normed if norm else logits, index, weights, arrivals_of(x.device),
     )  # fmt: skip
     whole = 1 << (width - 1).bit_length()
     block = max(1, _TILE // whole)

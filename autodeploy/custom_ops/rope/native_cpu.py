@@ -42,6 +42,7 @@ def native_cpu(
     sin: torch.Tensor,
     interleaved: bool = False,
     unsqueeze_dim: int = 1,
+    cast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `rope`; a batch of 1 and one dtype, float32 or bfloat16."""
     q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))

@@ -42,6 +42,7 @@ def _turned(
     Pairs are held as two blocks, whichever of each head's first 2 * HALF numbers they are.
     """
     DTYPE: tl.constexpr = source.dtype.element_ty
+    TABLE: tl.constexpr = cos_ptr.dtype.element_ty
     square = tl.zeros([BLOCK_H, 1], tl.float32)
     pair = tl.arange(0, BLOCK_HALF)[None, :]
     turning = pair < HALF
@@ -85,9 +86,9 @@ def _turned(
             # The halves of a table may differ.
             cos_b = tl.load(cos_ptr + HALF + pair, mask=turning, other=0.0).to(tl.float32)
             sin_b = tl.load(sin_ptr + HALF + pair, mask=turning, other=0.0).to(tl.float32)
-        # Each product is rounded before the sum, as torch does.
-        left = (a * cos_a).to(DTYPE).to(tl.float32) - (b * sin_a).to(DTYPE).to(tl.float32)
-        right = (b * cos_b).to(DTYPE).to(tl.float32) + (a * sin_b).to(DTYPE).to(tl.float32)
+        # Each product is rounded before the sum, as torch does, to the wider dtype: the table's.
+        left = (a * cos_a).to(TABLE).to(tl.float32) - (b * sin_a).to(TABLE).to(tl.float32)
+        right = (b * cos_b).to(TABLE).to(tl.float32) + (a * sin_b).to(TABLE).to(tl.float32)
         if INTERLEAVED:
             y = tl.reshape(tl.join(left, right), [BLOCK_H, 2 * BLOCK_HALF])
             tl.store(target + both, y.to(DTYPE), mask=within)

@@ -67,7 +67,7 @@ def turn_heads(
     """Normalises and turns q [T, Hq, D] into q_out, and k [T, Hkv, D] into k_out or its pages.
 
     cos and sin [1, T, R] or neither. Tensors may have any strides but in their last dimension,
-    where it is 1; all have one dtype but slot, which is int64.
+    where it is 1; all have one dtype but slot, which is int64, and the table, maybe float32.
     """
     from .rotary_kernel import turn_heads_kernel
 
@@ -113,11 +113,18 @@ def _power(extent: int) -> int:
     return 1 << (extent - 1).bit_length()
 
 
-def applies(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether `turn_heads` takes heads of the last dimension of q and k and this table."""
+def applies(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cast: bool = True
+) -> bool:
+    """Whether `turn_heads` takes heads of the last dimension of q and k and this table.
+
+    cast: heads turned by a table in float32 are to come back in their own dtype.
+    """
     width, rotated = q.shape[-1], cos.shape[-1]
     return (
-        len({t.dtype for t in (q, k, cos, sin)}) == 1
+        q.dtype is k.dtype
+        and cos.dtype is sin.dtype
+        and (cos.dtype is q.dtype or (cast and cos.dtype is torch.float32))
         and q.dtype in DTYPES
         and k.shape[-1] == width <= 1024
         and cos.dim() == sin.dim() == 3
@@ -135,7 +142,7 @@ def _applies(choice: Choice) -> bool:
         and q.dim() == k.dim() == 4
         and q.shape[0] == k.shape[0] == 1
         and choice.args["unsqueeze_dim"] in (1, 2)
-        and applies(q, k, cos, sin)
+        and applies(q, k, cos, sin, choice.args["cast"])
     )
 
 
@@ -147,8 +154,9 @@ def triton_rope(
     sin: torch.Tensor,
     interleaved: bool = False,
     unsqueeze_dim: int = 1,
+    cast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rope`; a batch of 1 and one dtype."""
+    """As `rope`; a batch of 1, one dtype but that of the table."""
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     rows = [t[0].transpose(0, 1) if unsqueeze_dim == 1 else t[0] for t in (q, k, q_out, k_out)]

@@ -22,7 +22,9 @@ def _inputs(x, x_stride, row, position, start, has_past, column, mask, TAPS: tl.
 
 
 @triton.jit
-def _finish(total, bias, column, inside, weight, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+def finish_total(
+    total, bias, column, inside, weight, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr
+):
     """Bias and activation, rounded where the reference rounds."""
     if HAS_BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +63,7 @@ def conv_step_kernel(
                 x, x_stride, row, position, start, has_past, column[:, None], mask, TAPS
             )
             total = tl.sum(window.to(tl.float32) * taps, axis=1)
-            result = _finish(total, bias, column, inside, weight, HAS_BIAS, ACTIVATION)
+            result = finish_total(total, bias, column, inside, weight, HAS_BIAS, ACTIVATION)
             place = out + token.to(tl.int64) * CHANNELS + column
             tl.store(place, result.to(out.dtype.element_ty), mask=inside)
             token += 1
@@ -106,7 +108,9 @@ def conv_tokens_kernel(
         )  # fmt: skip
         factor = tl.load(weight + column * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         total += window.to(tl.float32) * factor[None, :]
-    result = _finish(total, bias, column[None, :], inside[None, :], weight, HAS_BIAS, ACTIVATION)
+    result = finish_total(
+        total, bias, column[None, :], inside[None, :], weight, HAS_BIAS, ACTIVATION
+    )
     result = tl.where(mask, result, 0.0)
     place = out + token.to(tl.int64)[:, None] * CHANNELS + column[None, :]
     written = (token < tokens)[:, None] & inside[None, :]

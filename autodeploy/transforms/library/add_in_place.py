@@ -7,7 +7,8 @@ becomes
 and whatever read `total` reads `residual`, which holds the sum from there on. The residual stream
 of a decoder thus stays in one tensor through all layers. Spared are residuals that are read later,
 themselves or through a view, that the same product reads, and that may be part of something else:
-a weight, a graph input, a view. Order matters from here on, so all fusing comes before.
+a weight, a graph input, a view other than all of a tensor in another shape. Order matters from here
+on, so all fusing comes before.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class AddInPlace(Transform):
 def _may_overwrite(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     """Whether a fused linear has a residual of its own dtype that it is the last to read."""
     residual: Any = fused_linear.bind(node.args, node.kwargs)["residual"]
-    if residual is None or not _is_new(residual):
+    whole = residual
+    while whole is not None and is_call(whole, aten.reshape.default):
+        whole = whole.args[0]
+    if whole is None or not _is_new(whole):
         return False
     ours, theirs = node.meta["val"], residual.meta["val"]
     # Symbols compare by expression: never ask the shape environment, which would guard.
@@ -72,7 +76,7 @@ def _may_overwrite(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     if not alike or ours.dtype is not theirs.dtype:
         return False
     read = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
-    views = _views(residual)
+    views = {whole, *_views(whole)} - {residual}
     return (
         read.count(residual) == 1
         and views.isdisjoint(read)

@@ -9,6 +9,8 @@ and with a shared expert between the two,
 becomes
     y = fused_linear(z, weight, residual=reshape(experts(x, ..., residual=...), shape))
 
+wherever reshapes stand.
+
 The sum over a token's choices is in float32 there, and is rounded once with the residual in it.
 """
 
@@ -87,7 +89,7 @@ def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         old = _experts_in(part)
         if old is not None and residual is not part and _alike(part, residual, old):
             # The sum with a shared expert comes after experts: the residual has to come before.
-            if is_call(part, fused_linear.overload) and not residual < old:
+            if _product_in(part) is not None and not residual < old:
                 continue
             return old, part, residual
     return None
@@ -96,13 +98,21 @@ def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 def _experts_in(part: fx.Node) -> fx.Node | None:
     """The experts that `part` is a view of, or a linear's sum with a view of."""
     node: Any = part
-    if is_call(node, fused_linear.overload):
-        node = _only(node) and fused_linear.bind(node.args, node.kwargs)["residual"]
+    product = _product_in(part)
+    if product is not None:
+        alone = _only(part) and _only(product)
+        node = alone and fused_linear.bind(product.args, product.kwargs)["residual"]
     if isinstance(node, fx.Node) and is_call(node, aten.reshape.default):
         node = _only(node) and node.args[0]
     if not isinstance(node, fx.Node) or not is_call(node, experts.overload) or not _only(node):
         return None
     return node if experts.bind(node.args, node.kwargs)["residual"] is None else None
+
+
+def _product_in(part: Any) -> fx.Node | None:
+    """The product that `part` is, or is a view of."""
+    product = part.args[0] if is_call(part, aten.reshape.default) else part
+    return product if is_call(product, fused_linear.overload) else None
 
 
 def _only(node: fx.Node) -> bool:

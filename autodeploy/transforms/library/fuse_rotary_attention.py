@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from autodeploy.custom_ops.attention import paged_attention, rotary_paged_attention
@@ -131,9 +132,12 @@ def _taken(read: fx.Node, index: int) -> Order | None:
 
 
 def _one_dtype(turned: dict[str, Any], given: dict[str, Any]) -> bool:
-    tensors = [turned[name] for name in ("q", "k", "cos", "sin")]
+    """Of heads, caches and table; one in float32 that leaves heads in theirs is as good."""
+    tensors = [turned[name] for name in ("q", "k")]
     tensors += [given[name] for name in ("v", "k_cache", "v_cache")]
     rows = (turned["cos"], turned["sin"])
+    wide = turned["cast"] and all(t.meta["val"].dtype is torch.float32 for t in rows)
+    tensors += () if wide else rows
     return len({t.meta["val"].dtype for t in tensors}) == 1 and all(
         t.meta["val"].dim() == 3 and t.meta["val"].shape[0] == 1 for t in rows
     )

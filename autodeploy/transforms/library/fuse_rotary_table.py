@@ -6,7 +6,8 @@
 becomes
     cos, sin = rotary_table(position_ids, inv_freq, scaling, 'halves', dtype)
 
-Every frequency may also be repeated in place, or stand once. What follows another way, such as
+Every frequency may also be repeated in place, or stand once, and the table may be the parts of
+complex numbers: polar(1, angles). What follows another way, such as
 frequencies that depend on how long a sequence is, stays as it is.
 """
 
@@ -89,13 +90,14 @@ def find_table(product: fx.Node) -> Table | None:
     if {int(d) % 3 for d in turned.args[1:]} != {1, 2}:  # type: ignore[arg-type]
         return None
     layout, angles = _layout(turned)
-    readers = {node.target: node for node in angles.users}
-    if len(angles.users) != 2 or set(readers) != {aten.cos.default, aten.sin.default}:
+    ends = _complex_ends(angles) or _ends(angles)
+    if ends is None or ends[0][1:] != ends[1][1:]:
         return None
-    ends = [_scaled(readers[target]) for target in (aten.cos.default, aten.sin.default)]
-    (cos, scaling, dtype), (sin, *form) = ends
-    if form != [scaling, dtype]:
-        return None
+    (cos, scaling, dtype), (sin, *_) = ends
+    if layout == "once" and (twice := [_repeated(cos), _repeated(sin)]) != [None, None]:
+        if None in twice:
+            return None
+        layout, (cos, sin) = "halves", twice  # type: ignore[assignment]
     return Table(positions, frequencies, layout, scaling, dtype, cos, sin)
 
 
@@ -141,7 +143,51 @@ def _layout(angles: fx.Node) -> tuple[str, fx.Node]:
     return "once", angles
 
 
-def _scaled(node: fx.Node) -> tuple[fx.Node, float, torch.dtype]:
+_End = tuple[fx.Node, float, torch.dtype]
+
+
+def _ends(angles: fx.Node) -> list[_End] | None:
+    """What angles become cosines and sines by: see `_scaled`."""
+    readers = {node.target: node for node in angles.users}
+    if len(angles.users) != 2 or set(readers) != {aten.cos.default, aten.sin.default}:
+        return None
+    return [_scaled(readers[target]) for target in (aten.cos.default, aten.sin.default)]
+
+
+def _complex_ends(angles: fx.Node) -> list[_End] | None:
+    """The same where cosines and sines are parts of complex numbers of length one."""
+    polar = next((n for n in angles.users if is_call(n, aten.polar.default)), None)
+    if polar is None or polar.args[1] is not angles:
+        return None
+    length: Any = polar.args[0]
+    if not is_call(length, aten.ones_like.default) or set(angles.users) != {polar, length}:
+        return None
+    if length.args[0] is not angles or len(length.users) != 1 or "dtype" in length.kwargs:
+        return None
+    node, scaling, _ = _scaled(polar)
+    parts = _only_reader(node)
+    if parts is None or not is_call(parts, aten.view_as_real.default) or len(parts.users) != 2:
+        return None
+    places = {
+        int(n.args[2]): n  # type: ignore[arg-type]
+        for n in parts.users
+        if is_call(n, aten.select.int) and n.args[1] in (-1, 3)
+    }
+    if set(places) != {0, 1}:
+        return None
+    return [(places[index], scaling, torch.float32) for index in (0, 1)]
+
+
+def _repeated(part: fx.Node) -> fx.Node | None:
+    """Where a table is read only to be put beside itself, that."""
+    reader = _only_reader(part)
+    if reader is None or not is_call(reader, aten.cat.default):
+        return None
+    dimension = reader.args[1] if len(reader.args) > 1 else 0
+    return reader if list(reader.args[0]) == [part, part] and dimension in (-1, 2) else None  # type: ignore[arg-type]
+
+
+def _scaled(node: fx.Node) -> _End:
     """The last node of a product with a number and a cast after `node`, the number, the dtype."""
     scaling = 1.0
     reader = _only_reader(node)

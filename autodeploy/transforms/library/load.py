@@ -41,7 +41,7 @@ class Load(Transform):
         program.graph_module.register_buffer(name, value)
         readers: Counter[str] = program.options["weight_readers"]
         readers.subtract(weight.pieces)
-        if len(weight.pieces) > 1:
+        if weight.is_copy:
             program.source.release(piece for piece in weight.pieces if readers[piece] == 0)
 
     def finish(self, program: Program) -> None:
