@@ -85,7 +85,7 @@ def test_a_delta_layer_in_one_kernel_equals_its_parts(form, step, dtype):
     found = chosen.function(*given.values())
     assert found.dtype is expected.dtype
     used = int(given["cu_q"][-1])
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     assert torch.equal(given["conv_state"], expected_given["conv_state"])
     for ours, theirs in (
         (found[:used], expected[:used]), (given["delta_state"], expected_given["delta_state"]),

@@ -19,10 +19,10 @@ CLOSE = {
     torch.bfloat16: {"rtol": 4e-2, "atol": 4e-2},
 }
 COUNTS = {
-    "decode": ([150, 1, 77], [1, 1, 1]),
-    "mixed": ([50, 1, 77], [40, 1, 7]),
+    "decode": ([70, 1, 37], [1, 1, 1]),
+    "mixed": ([25, 1, 20], [12, 1, 3]),
     # As many tokens as sequences, and one that no sequence owns.
-    "several of one sequence": ([40, 90, 3, 5], [0, 3, 0, 0]),
+    "several of one sequence": ([40, 50, 3, 5], [0, 3, 0, 0]),
 }
 FORMS = {
     "complex": {"interleaved": True, "wide table": True},
@@ -31,14 +31,14 @@ FORMS = {
     "window": {"window": 5},
     "chunk": {"chunk": 32},
     "everything": {
-        "window": 70, "softcap": 5.0, "sinks": True, "alibi_slopes": True, "norm_offset": 1.0,
+        "window": 30, "softcap": 5.0, "sinks": True, "alibi_slopes": True, "norm_offset": 1.0,
         "cast_before_weight": False,
     },
 }  # fmt: skip
 # Heads, width of a query, rank, rest, width of a value.
 SHAPES = {
     "small": (6, 12, 16, 8, 10),
-    "heads of several programs": (80, 16, 32, 16, 16),
+    "heads of several programs": (18, 16, 32, 16, 16),
     "padded": (3, 24, 20, 6, 24),
 }
 
@@ -52,7 +52,7 @@ def step(counts, shape, dtype=torch.float32, page_size=16, **form):
     def numbers(*extents):
         return torch.randn(*extents, generator=generator).to(dtype).to(DEVICE)
 
-    total, pages = len(counts) if sum(counts) < len(counts) else sum(counts), []
+    total = max(sum(counts), len(counts))
     pages = [-(-n // page_size) for n in lengths]
     order = torch.randperm(sum(pages) + 2, generator=generator).int()
     table = torch.zeros((len(lengths), max(pages) + 2), dtype=torch.int32)
@@ -136,10 +136,10 @@ def test_ranges_are_added_up_alike_by_either_launch(few, programs, monkeypatch):
     check(step(COUNTS["decode"], SHAPES["small"], sinks=True, alibi_slopes=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 19, 300])
+@pytest.mark.parametrize("tokens", [1, 19, 260])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_by_head_are_the_references(tokens, dtype):
-    x, weight = torch.randn(tokens, 5, 40).to(dtype), torch.randn(5, 24, 36).to(dtype)
+    x, weight = torch.randn(tokens, 2, 40).to(dtype), torch.randn(2, 24, 36).to(dtype)
     weight = weight.to(DEVICE)
     for row, w in ((x[..., :36], weight), (x[..., 2:26], weight.transpose(1, 2))):
         row = row.to(DEVICE)

@@ -84,10 +84,29 @@ def test_every_form_equals_the_reference(tokens, form):
     assert_equal_to_reference(layer(tokens, **form))
 
 
-@pytest.mark.parametrize(("experts", "hidden"), [(4, 40), (128, 512), (60, 1032)])
+@pytest.mark.parametrize(("experts", "hidden"), [(4, 40), (128, 512), (60, 1032), (200, 64)])
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_every_size_equals_the_reference(tokens, experts, hidden):
     assert_equal_to_reference(layer(tokens, experts, hidden, norm=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_of_equal_experts_the_lower_index_is_chosen(tokens):
+    arguments = layer(tokens, experts=12, k=4)
+    arguments["weight"][3:] = arguments["weight"][3]
+    arguments["weight"][:3] = 0
+    arguments["x"] = arguments["weight"][3].repeat(tokens, 1)
+    index, weights, _ = chosen(arguments).function(*arguments.values())
+    assert index.tolist() == [[3, 4, 5, 6]] * tokens
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.25))
+
+
+def test_a_choice_is_the_same_every_time():
+    arguments = layer(1, norm=True)
+    first = chosen(arguments).function(*arguments.values())
+    for _ in range(2):
+        again = chosen(arguments).function(*arguments.values())
+        assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autodeploy.custom_ops import gpu
-from autodeploy.custom_ops.attention import paged_attention, triton_paged
+from autodeploy.custom_ops.attention import paged_attention, triton_decode, triton_paged
 from autodeploy.custom_ops.op import Choice
 
 pytestmark = pytest.mark.skipif(not gpu.has_triton(), reason="triton is not installed")
@@ -145,6 +145,16 @@ def test_the_number_of_ranges_changes_nothing(monkeypatch, programs, least):
     tiles = triton_paged.DecodeTiles(32, least, programs, 4, 2)
     monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: tiles)
     check(step([400, 3, 97], [1, 3, 1], (4, 2, 16, 16)))
+
+
+@pytest.mark.parametrize("trigger", ["start", "end", "never"])
+@pytest.mark.parametrize("early", [0, 2])
+def test_where_launches_overlap_changes_nothing(monkeypatch, trigger, early):
+    tiles = triton_paged.DecodeTiles(32, 1, 8, 4, 2, early, trigger)
+    monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: tiles)
+    monkeypatch.setattr(triton_decode, "holds", lambda *_: False)
+    check(step([130, 3, 97], [1, 1, 1], (4, 2, 16, 16)))
+    check(step([130, 5, 97], [0, 3, 0], (4, 2, 16, 16)))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1], [1, 1, 1], [0, 0, 3]])

@@ -173,12 +173,22 @@ def test_ranges_leave_nothing_behind_and_meet_in_one_order():
     assert torch.equal(first, check(arguments, function))
 
 
+@pytest.mark.parametrize("merge", [1, 16, 128])
+def test_ranges_meet_all_at_once_or_in_turn(merge):
+    arguments = step(lengths=(120, 1, 40), group=5)
+    check(arguments, with_tiles(triton_decode.Tiles(16, 1, 48, 4, merge=merge)))
+
+
 def test_steps_that_are_not_held_take_two_launches():
     q, k = torch.empty(3, 8, 64), torch.empty(3, 2, 64)
     assert triton_decode.holds(q, k, 3)
     assert not triton_decode.holds(q, k, 2), "more tokens than sequences"
     assert not triton_decode.holds(torch.empty(3, 128, 256), torch.empty(3, 1, 256), 3)
     check(step(width=256, group=64, dtype=torch.bfloat16))
+    for width, most in ((64, 66), (128, 66), (256, 33)):
+        q, k = torch.empty(most + 1, 8, width), torch.empty(most + 1, 2, width)
+        few = [triton_decode.holds(q[:n], k[:n], n) for n in (most, most + 1)]
+        assert DEVICE == "cuda" or few == [True, False], "132 multiprocessors"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

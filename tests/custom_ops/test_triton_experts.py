@@ -151,7 +151,7 @@ def test_weights_of_another_dtype_are_left_to_other_implementations():
 
 
 @pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize(("tokens", "total"), [(1, 5), (40, 8), (100, 300), (1500, 8)])
+@pytest.mark.parametrize(("tokens", "total"), [(1, 5), (40, 8), (100, 300), (500, 24), (1500, 8)])
 def test_every_pair_of_an_expert_here_is_in_one_block_of_that_expert(tokens, total, rows):
     generator = torch.Generator().manual_seed(rows)
     index = torch.randint(0, total + 2, (tokens, 3), generator=generator).to(DEVICE)

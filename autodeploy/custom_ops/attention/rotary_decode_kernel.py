@@ -196,7 +196,7 @@ def _leave(
 
 @triton.jit
 def _page_of(key, PAGE: tl.constexpr):
-    """Which page of a sequence a key is in; one shift, where a signed quotient has a sign to see."""
+    """Which page of a sequence a key is in: a shift, where a signed quotient is several steps."""
     return (key.to(tl.uint32) // PAGE).to(tl.int32)
 
 

@@ -59,12 +59,22 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
     """
     rows = triton_block(group, 8)
     multiprocessors = gpu.multiprocessors(device.index or 0)
-    # 16 KiB of keys and of values are 64 registers a thread: with some 220 in all two programs
-    # share a multiprocessor, of half as many keys four. Ranges are cut so that all programs are
-    # there at once. H200, one and 8 sequences of 576 keys, 8 heads of 128: 5.5 and 11.3 us.
-    block, share = (16384, 2) if heads * 8 <= multiprocessors else (8192, 4)
+    # Ranges are cut so that all programs are there at once: with 16 KiB of keys and of values and
+    # some 230 registers a thread two share a multiprocessor, of half as many keys and 168 three.
+    if heads * 8 > multiprocessors:
+        block, share, warps, registers = 8192, 3, 4, 168
+        if width > 128:
+            share, registers = 2, 0
+    elif width <= 128:
+        block, share, warps, registers = 16384, 2, 4, 0
+    else:
+        # Four warps have no registers for heads as wide as these and what they are turned with.
+        block, share, warps, registers = 32768, 1, 8, 0
     keys = max(16, min(128, block // (width * itemsize), 4096 // rows))
-    return Tiles(keys, 1, share * multiprocessors, 8 if rows * width > 4096 else 4)
+    # With few sequences the meeting of ranges is a wait: all of them are asked for at once.
+    merge = 64 if heads * 8 > multiprocessors else 128
+    warps = 8 if rows * width > 4096 else warps
+    return Tiles(keys, 1, share * multiprocessors, warps, registers, merge=merge)
 
 
 def holds(q: torch.Tensor, k: torch.Tensor, sequences: int) -> bool:

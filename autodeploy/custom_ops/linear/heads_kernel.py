@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "x_token", "out_token"],
-)
+@triton.jit(do_not_specialize=["tokens"])
 def heads_linear_kernel(
     x_ptr, weight_ptr, out_ptr, tokens, x_token, x_head, w_head, w_row, w_column, out_token,
     out_head,

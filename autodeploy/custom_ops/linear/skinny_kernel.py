@@ -102,6 +102,12 @@ def gemv_kernel(
         if GATED:
             half = weight + tl.cast(outputs, tl.int64) * K
             prefetch(half, tl.program_id(0) * BLOCK_N, outputs, K, BLOCK_N, EARLY)
+    shift = tl.zeros((BLOCK_N,), tl.float32)
+    other_shift = shift
+    if HAS_BIAS:
+        shift = tl.load(bias + row).to(tl.float32)
+        if GATED:
+            other_shift = tl.load(bias + outputs + row).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -165,9 +171,8 @@ def gemv_kernel(
             first = first * inverse
             second = second * inverse
         if HAS_BIAS:
-            first += tl.load(bias + row).to(tl.float32)
-            if GATED:
-                second += tl.load(bias + outputs + row).to(tl.float32)
+            first += shift
+            second += other_shift
         y = gate(first, second, ACTIVATION, GATED, DTYPE)
         place = token * outputs + column
         if HAS_RESIDUAL:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .conv_step_kernel import convolved, keep_inputs, old_inputs, taps_of
 from .packed_kernel import sequence_span
-from .ssd_kernel import time_step
+from .ssd_kernel import rate_of, silu, time_step
 
 
 @triton.jit(do_not_specialize=["sequences", "dt_min", "dt_max"])
@@ -52,9 +52,7 @@ def conv_ssd_kernel(
     x_taps = taps_of(conv_weight, column, inside, TAPS)
     b_taps = taps_of(conv_weight, b_column, held, TAPS)
     c_taps = taps_of(conv_weight, c_column, held, TAPS)
-    rate = tl.load(A + head).to(tl.float32)
-    if LOG_RATES:
-        rate = -tl.exp(rate)
+    rate = rate_of(A + head, LOG_RATES)
     bias = tl.load(dt_bias + head) if HAS_BIAS else 0.0
     skip = tl.load(D + head).to(tl.float32) if HAS_D else 0.0
     if PDL:
@@ -75,10 +73,9 @@ def conv_ssd_kernel(
         b0 = tl.load(x + at * x_stride + b_column, mask=held, other=0.0).to(tl.float32)
         c0 = tl.load(x + at * x_stride + c_column, mask=held, other=0.0).to(tl.float32)
         step = tl.load(dt + at * dt_stride + head)
-        opening = x0
+        opening = step
         if HAS_GATE:
             opening = tl.load(gate + at * gate_stride + column, mask=inside, other=0.0)
-            opening = opening.to(tl.float32)
         step = time_step(step, bias, dt_min, dt_max, HAS_BIAS, SOFTPLUS, dt.dtype.element_ty)
         value = convolved(x0, x1, x2, x3, x_taps, conv_bias, column, inside, conv_weight,
                           HAS_CONV_BIAS, ACTIVATION, narrow)  # fmt: skip
@@ -89,7 +86,7 @@ def conv_ssd_kernel(
         kept = kept * tl.exp(step * rate) + (value * step)[:, None] * writes[None, :]
         result = tl.sum(kept * reads[None, :], axis=1) + skip * value
         if HAS_GATE:
-            result = result * (opening * tl.sigmoid(opening))
+            result = result * silu(opening)
         tl.store(out + at * (HEADS * WIDTH) + column, result, mask=inside)
         x3, x2, x1 = x2, x1, x0
         b3, b2, b1 = b2, b1, b0
@@ -103,19 +100,3 @@ def conv_ssd_kernel(
     past_end = sequence >= tl.load(cu_q + sequences)
     place = out + sequence.to(tl.int64) * (HEADS * WIDTH) + column
     tl.store(place, tl.zeros([BLOCK], tl.float32), mask=inside & past_end)
-
-
-@triton.jit(do_not_specialize=["numbers"])
-def silu_product_kernel(
-    y, gate, out, numbers, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """y, out [T, WIDTH] float32 of so many numbers, gate [T, WIDTH]; out may be y."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    value = tl.load(y + place, mask=inside, other=0.0)
-    opening = gate + place // WIDTH * gate_stride + place % WIDTH
-    opening = tl.load(opening, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, value * (opening * tl.sigmoid(opening)), mask=inside)

@@ -20,13 +20,30 @@ def time_step(
     return tl.minimum(tl.maximum(length, dt_min), dt_max).to(DTYPE).to(tl.float32)
 
 
+@triton.jit
+def rate_of(A, LOG_RATES: tl.constexpr):
+    """How fast a state decays, of a pointer to it or to the logarithm of its negative."""
+    rate = tl.load(A).to(tl.float32)
+    if LOG_RATES:
+        rate = -tl.exp(rate)
+    return rate
+
+
+@triton.jit
+def silu(gate):
+    """In float32."""
+    gate = gate.to(tl.float32)
+    return gate * tl.sigmoid(gate)
+
+
 @triton.jit(do_not_specialize=["sequences", "dt_min", "dt_max"])
 def ssd_step_kernel(
-    x, dt, A, B, C, D, dt_bias, state, cu_q, kv_len, state_slot, out, sequences,
-    x_stride, dt_stride, b_stride, c_stride, slot_stride, dt_min, dt_max,
+    x, dt, A, B, C, D, dt_bias, gate, state, cu_q, kv_len, state_slot, out, sequences,
+    x_stride, dt_stride, b_stride, c_stride, gate_stride, slot_stride, dt_min, dt_max,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, MOST_TOKENS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_RATES: tl.constexpr, HAS_GATE: tl.constexpr,
+    MOST_TOKENS: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence of at most MOST_TOKENS, head and BLOCK of the head's WIDTH.
 
@@ -40,7 +57,7 @@ def ssd_step_kernel(
     inside = channel < WIDTH
     held = entry < STATE
     mask = inside[:, None] & held[None, :]
-    rate = tl.load(A + head).to(tl.float32)
+    rate = rate_of(A + head, LOG_RATES)
     bias = tl.load(dt_bias + head) if HAS_BIAS else 0.0
     skip = tl.load(D + head).to(tl.float32) if HAS_D else 0.0
     if PDL:
@@ -64,6 +81,9 @@ def ssd_step_kernel(
         reads = tl.load(C + row * c_stride + group * STATE + entry, mask=held, other=0.0)
         kept = kept * tl.exp(step * rate) + (value * step)[:, None] * writes.to(tl.float32)[None, :]
         result = tl.sum(kept * reads.to(tl.float32)[None, :], axis=1) + skip * value
+        if HAS_GATE:
+            opening = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
+            result = result * silu(opening)
         tl.store(out + row * (HEADS * WIDTH) + column, result, mask=inside)
         token += 1
     tl.store(place, kept, mask=mask & mine)

@@ -17,7 +17,6 @@ from .triton_ssd import scan_heads
 _MOST_TAPS = 4
 # Numbers of the state that one program holds.
 _TILE = 4096
-_GATE_BLOCK = 2048
 
 
 def _applies(choice: Choice) -> bool:
@@ -68,10 +67,8 @@ def scan_layer(
             x, conv_weight, conv_bias, conv_state, cu_q, kv_len, state_slot, activation
         )
         x, B, C = split_scan(mixed, ssm_state)
-        rates = -A.float().exp() if log_rates else A
-        y = scan_heads(x, dt, rates, B, C, D, dt_bias, ssm_state, cu_q, kv_len, state_slot,
-                       dt_softplus, dt_min, dt_max)  # fmt: skip
-        return y if gate is None else _gate(y, gate)
+        return scan_heads(x, dt, A, B, C, D, dt_bias, ssm_state, cu_q, kv_len, state_slot,
+                          dt_softplus, dt_min, dt_max, gate=gate, log_rates=log_rates)  # fmt: skip
 
     from .conv_ssd_kernel import conv_ssd_kernel
 
@@ -95,15 +92,3 @@ def scan_layer(
         SOFTPLUS=dt_softplus, HAS_GATE=gate is not None, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-
-
-def _gate(y: Tensor, gate: Tensor) -> Tensor:
-    """y [T, H, P] float32 times silu(gate [T, H P]), in place."""
-    from .conv_ssd_kernel import silu_product_kernel
-
-    gate = whole_rows(gate)
-    silu_product_kernel[(-(-y.numel() // _GATE_BLOCK),)](
-        y, gate, y, y.numel(), gate.stride(0), WIDTH=gate.shape[1], BLOCK=_GATE_BLOCK,
-        **launch_options(),
-    )  # fmt: skip
-    return y

@@ -46,8 +46,10 @@ def scan_heads(
     dt_max: float,
     tile: int = _TILE,
     num_warps: int = 4,
+    gate: Tensor | None = None,
+    log_rates: bool = False,
 ) -> Tensor:
-    """As `cached_ssd_scan`; N at most 1024."""
+    """As `cached_ssd_scan`; N at most 1024. gate and log_rates: as for `conv_ssd_scan`."""
     from .ssd_block_kernel import ssd_block_kernel
     from .ssd_kernel import ssd_step_kernel
 
@@ -56,14 +58,16 @@ def scan_heads(
     x, dt, B, C = (whole_rows(tensor) for tensor in (x, dt, B, C))
     state = check_rows(ssm_state)
     out = new_output(x, (tokens, heads, width), torch.float32, sequences)
-    operands = (x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, state,
-                cu_q, kv_len, state_slot, out)  # fmt: skip
-    scalars = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), state.stride(0),
-               float(dt_min), float(dt_max))  # fmt: skip
+    opening = x if gate is None else whole_rows(gate)
+    operands = (x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, opening,
+                state, cu_q, kv_len, state_slot, out)  # fmt: skip
+    scalars = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), opening.stride(0),
+               state.stride(0), float(dt_min), float(dt_max))  # fmt: skip
     block_state = power_of_two(entries)
     form = {
         "HEADS": heads, "GROUPS": groups, "WIDTH": width, "STATE": entries, "HAS_D": D is not None,
-        "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus,
+        "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus, "LOG_RATES": log_rates,
+        "HAS_GATE": gate is not None,
     } | launch_options()  # fmt: skip
     block = min(power_of_two(width), max(1, tile // block_state))
     # As many rows as sequences is decoding; a longer sequence among empty ones goes this way too.
