@@ -22,12 +22,14 @@ from typing import Any, Literal
 from .active_request import ActiveRequest
 from .chat import chat_prompts
 from .config import DeployConfig
+from .embedding import embedded, embedding_params
 from .errors import AutodeployError, EngineDeadError, InvalidRequestError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
 from .llm import resolve_tokenizer, shut_down_on_error
-from .outputs import RequestOutput
-from .prompts import check_prompt, params_for_each, read_prompts
+from .outputs import EmbeddingRequestOutput, RequestOutput
+from .pooling import Pooling
+from .prompts import check_prompt, params_for_each, read_prompts, require_task
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
@@ -108,6 +110,11 @@ class AsyncLLM:
         return self._executor.ready.vocab_size
 
     @property
+    def task(self) -> str:
+        """What the model was deployed for: generate, or embed."""
+        return self._executor.ready.task
+
+    @property
     def summary(self) -> dict[str, str]:
         """What was built: the rung of the ladder, the recipe, match counts, times."""
         return self._executor.ready.summary
@@ -135,10 +142,12 @@ class AsyncLLM:
         output_kind: OutputKind = "delta",
         priority: int = 0,
         cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams one prompt's outputs.
 
         output_kind: delta gives what is new, cumulative everything so far, final only the end.
+        pooling: embeds instead (see `embed`): the only output has the vector, not normalized.
         Leaving the loop early, or cancelling the task, aborts the request.
 
         Raises:
@@ -146,7 +155,12 @@ class AsyncLLM:
             EngineError: the request failed, or (EngineDeadError) the engine is gone.
         """
         await self._structured.check_aside(sampling_params)
-        stream = self._open(prompt, sampling_params, request_id, output_kind, priority, cache_salt)
+        if pooling is not None:
+            sampling_params, output_kind = embedding_params(pooling), "final"
+        require_task("generate" if pooling is None else "embed", self.task)
+        stream = self._open(
+            prompt, sampling_params, request_id, output_kind, priority, cache_salt, pooling
+        )
         try:
             while True:
                 item = await stream.queue.get()
@@ -158,6 +172,31 @@ class AsyncLLM:
         finally:
             if not stream.active.finished:
                 self._post(lambda: self._abort_now(stream))
+
+    async def embed(
+        self,
+        prompt: Any,
+        request_id: str | None = None,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingRequestOutput:
+        """One prompt's vector; arguments as of `LLM.embed`.
+
+        Raises:
+            InvalidRequestError: the prompt cannot be served, or the model generates.
+            EngineError: the prompt failed, or (EngineDeadError) the engine is gone.
+        """
+        outputs = self.generate(
+            prompt, None, request_id, priority=priority, cache_salt=cache_salt, pooling=pooling
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                return embedded(output, normalize, dimensions)
+        raise AssertionError("a stream ended without an output")
 
     def chat(
         self,
@@ -217,6 +256,7 @@ class AsyncLLM:
         kind: OutputKind,
         priority: int,
         salt: str | None,
+        pooling: str | None = None,
     ) -> _Stream:
         self._require_open()
         if kind not in ("delta", "cumulative", "final"):
@@ -237,7 +277,7 @@ class AsyncLLM:
             # The engine may still report the end of an earlier request of the same name.
             engine_id=f"{number}/{name}",
             seed=self._seeds.getrandbits(63), priority=priority, cache_salt=salt,
-            streams=kind != "final",
+            streams=kind != "final", pooling=pooling,
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
         stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())

@@ -21,10 +21,11 @@ from torch import nn
 
 from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
+from .errors import UnsupportedModelError
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.grammars import Grammars, grammars_of
 from .runtime.scheduler import SchedulerConfig
-from .transforms.recipe import Recipe, load_recipe
+from .transforms.recipe import Recipe
 from .warm_start import KeptProgram
 
 _log = logging.getLogger("autodeploy")
@@ -61,8 +62,14 @@ class Phases:
 def build_engine(config: DeployConfig) -> EngineCore:
     """Loads, compiles and allocates: everything but the front."""
     phases = Phases()
-    recipe = load_recipe(config.recipe, config.overrides)
+    recipe = config.resolved_recipe()
     runner, summary = _build_runner(config, recipe, phases)
+    embeds = config.task == "embed"
+    if embeds and runner.contract.hidden is None:
+        raise UnsupportedModelError(
+            f"only a model that runs packed and cached can embed, and this one does not: "
+            f"{summary.get('cause', 'its rung is ' + summary['rung'])}"
+        )
     with phases.timed("memory"):
         engine = EngineCore(
             runner,
@@ -71,7 +78,8 @@ def build_engine(config: DeployConfig) -> EngineCore:
                 kv_cache_memory_bytes=config.kv_cache_memory_bytes,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 num_pages=config.num_pages,
-                overlap=config.async_scheduling,
+                # A prompt is one step, or a few; there is nothing to plan ahead of.
+                overlap=False if embeds else config.async_scheduling,
                 graph_sizes=_graph_sizes(config),
                 mixed_graphs=config.cudagraph_mode == "full",
             ),
@@ -101,7 +109,7 @@ def _grammars(config: DeployConfig, vocab_size: int) -> Grammars:
 
 
 def _graph_sizes(config: DeployConfig) -> tuple[int, ...] | None:
-    if config.enforce_eager:
+    if config.enforce_eager or config.task == "embed":
         return ()
     return None if config.cuda_graph_sizes is None else tuple(config.cuda_graph_sizes)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .transforms.recipe import Recipe, suggest
+from .transforms.recipe import Recipe, load_recipe, suggest
 
 EXECUTORS = ("inprocess", "process")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TASKS = ("generate", "embed")
 CUDAGRAPH_MODES = ("full", "full_decode_only")
 
 
@@ -29,6 +30,8 @@ class DeployConfig:
     """A live `AutoModelForCausalLM`, a checkpoint directory, or a hub id."""
     tokenizer: Any = None
     """A tokenizer object, a path or id, or None: the checkpoint's own, if `model` names one."""
+    task: str = "generate"
+    """generate text, or embed: the model without its head gives each prompt a vector."""
     recipe: str | Path | Mapping[str, Any] | Recipe = "default"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of recipe steps by step id, applied last."""
@@ -91,6 +94,12 @@ class DeployConfig:
                     f"{self.max_num_seqs}"
                 )
         self._one_of("executor", EXECUTORS)
+        self._one_of("task", TASKS)
+        if self.task == "embed" and self.verify:
+            raise ConfigError(
+                "verify compares logits, which a model with task='embed' has none of; verify it "
+                "with task='generate', whose graph is the same but for the head"
+            )
         self._one_of("dtype", DTYPES)
         self._one_of("load_format", LOAD_FORMATS)
         self.cudagraph_mode = str(self.cudagraph_mode).lower()  # vLLM writes it in capitals
@@ -105,6 +114,19 @@ class DeployConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {fraction!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"seed must be an integer, not {self.seed!r}")
+
+    def resolved_recipe(self) -> Recipe:
+        """What happens to the model.
+
+        Raises:
+            RecipeError: the recipe is wrong.
+        """
+        recipe = load_recipe(self.recipe, self.overrides)
+        if self.task == "generate":
+            return recipe
+        from .embedding import embedding_recipe
+
+        return embedding_recipe(recipe)
 
     @classmethod
     def from_options(cls, model: Any, options: Mapping[str, Any]) -> DeployConfig:

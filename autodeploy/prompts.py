@@ -133,6 +133,20 @@ def check_prompt(prompt: Prompt, index: int, vocab_size: int, max_model_len: int
         )
 
 
+def require_task(asked: str, task: str) -> None:
+    """Raises InvalidRequestError if the model was deployed for something else than is asked."""
+    if asked == "embed" != task:
+        raise InvalidRequestError(
+            "this model was deployed to generate; for embeddings deploy it with task='embed' "
+            "(autodeploy serve MODEL --task embed)"
+        )
+    if asked != task:
+        raise InvalidRequestError(
+            "this model was deployed with task='embed' and has no head to generate with; deploy "
+            "it without"
+        )
+
+
 def params_for_each(params: Any, count: int, default: SamplingParams) -> list[SamplingParams]:
     """One SamplingParams per prompt, from None, one, or a list.
 

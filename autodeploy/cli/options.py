@@ -58,6 +58,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("deployment")
     group.add_argument("--recipe", default="default", help="name or path (default: default)")
     add_recipe_options(parser)
+    group.add_argument(
+        "--task", choices=("generate", "embed"),
+        help="embed: a vector for each prompt, by the model without its head",
+    )  # fmt: skip
     group.add_argument("--tokenizer", help="path or id; default: the checkpoint's own")
     group.add_argument(
         "--dtype",
@@ -106,7 +110,7 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
 
 
 _DEPLOY = (
-    "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
+    "task", "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
     "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "cudagraph_mode",
     "async_scheduling", "executor", "trust_remote_code", "verify", "dump_graphs",

@@ -28,14 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.errors import (
-    AutodeployError,
-    EmptyPromptError,
-    EngineError,
-    InvalidRequestError,
-    PromptTooLongError,
-    UnknownTokenError,
-)
+from autodeploy.errors import AutodeployError, EngineError, InvalidRequestError
 
 from .batch import StepPlan
 from .caches import plan_caches
@@ -53,7 +46,9 @@ from .messages import (
     TokenLogprob,
     TokenOutput,
 )
+from .pooler import Pooler
 from .request import RequestState
+from .request_check import check_request
 from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
@@ -147,7 +142,8 @@ class EngineCore:
         self._step = self._make_step(config, caches.num_slots)
         self._overlaps = overlaps(contract, runner, config)
         self._flight: _Flight | None = None
-        self._sampler = sampler or self._make_sampler(caches.num_slots)
+        self._pooler = None if contract.hidden is None else Pooler()
+        self._sampler = self._pooler or sampler or self._make_sampler(caches.num_slots)
         self._compiling = GrammarQueue(grammars)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
@@ -156,6 +152,11 @@ class EngineCore:
         self._outputs: list[EngineOutput] = []
         self._batch = TokenBatch()
         self._stats = EngineStats(pages_total=self._scheduler.tables.total)
+
+    @property
+    def task(self) -> str:
+        """generate, or embed."""
+        return "generate" if self._pooler is None else "embed"
 
     @property
     def has_work(self) -> bool:
@@ -171,7 +172,8 @@ class EngineCore:
             InvalidRequestError: it cannot be served as written (the subclass says why); nothing
                 has changed.
         """
-        self._check(request)
+        running = request.request_id in self._requests or request.request_id in self._compiling
+        check_request(request, running, self.task, self.vocab_size, self.max_model_len)
         matcher = None
         if request.params.structured_outputs is not None:
             matcher = self._compiling.matcher(request)
@@ -261,26 +263,6 @@ class EngineCore:
                     )
                 )
 
-    def _check(self, request: EngineRequest) -> None:
-        tokens = request.prompt_token_ids
-        where = f"request '{request.request_id}'"
-        if request.request_id in self._requests or request.request_id in self._compiling:
-            raise InvalidRequestError(f"{where} is already running; give every request its own id")
-        if not tokens:
-            raise EmptyPromptError(f"{where}: the prompt has no tokens; give at least one")
-        if len(tokens) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"{where}: the prompt has {len(tokens)} tokens and sequences end at "
-                f"{self.max_model_len}, prompt and output together; use at most "
-                f"{self.max_model_len - 1}"
-            )
-        unknown = [t for t in (min(tokens), max(tokens)) if not 0 <= t < self.vocab_size]
-        if unknown:
-            raise UnknownTokenError(
-                f"{where}: token id {unknown[0]} at position {tokens.index(unknown[0])} of the "
-                f"prompt is outside the vocabulary; use 0 to {self.vocab_size - 1}"
-            )
-
     def _make_sampler(self, num_slots: int) -> Sampler:
         contract = self._runner.contract
         sampler = Sampler(contract.vocab_size, num_slots)
@@ -316,7 +298,7 @@ class EngineCore:
     def _launch(self, plan: StepPlan) -> _Flight:
         """Runs the model's part of a step; on an accelerator, without waiting for it."""
         logits = self._step.forward(plan)
-        expected = (len(plan.logit_index), self.vocab_size)
+        expected = (len(plan.logit_index), self._runner.contract.width)
         if tuple(logits.shape) != expected:
             raise EngineError(
                 f"the model returned logits {list(logits.shape)} where {list(expected)} were "
@@ -324,16 +306,21 @@ class EngineCore:
             )
         self._scheduler.advance(plan)
         if plan.prompt_rows:
-            self._collect_prompt_logprobs(plan, logits)
+            self._collect_prompt_rows(plan, logits)
         states, slots = plan.requests, plan.slots
         if not plan.samples.all():
             states = [states[at] for at in np.flatnonzero(plan.samples)]
             slots = slots[plan.samples]
         return _Flight(plan, states, slots, logits)
 
-    def _collect_prompt_logprobs(self, plan: StepPlan, logits: Tensor) -> None:
+    def _collect_prompt_rows(self, plan: StepPlan, logits: Tensor) -> None:
         for rows in plan.prompt_rows:
             state = plan.requests[rows.at]
+            if self._pooler is not None:
+                assert state.prompt_logprobs is not None
+                state.prompt_logprobs += [None] * rows.count
+                self._pooler.take_in(state.row, logits[plan.logits_at(rows)])
+                continue
             following = state.tokens[rows.position + 1 : rows.position + 1 + rows.count].tolist()
             count = state.request.params.prompt_logprobs
             assert state.prompt_logprobs is not None
@@ -403,6 +390,9 @@ class EngineCore:
         now = time.time()
         rows, sampled = [], []
         request_ids, token_ids = self._batch.request_ids, self._batch.token_ids
+        if result.vectors is not None:
+            self._hand_out_vectors(states, result)
+            return
         for state, token_id, logprobs in zip(
             states, result.token_ids.tolist(), result.logprobs, strict=True
         ):
@@ -428,6 +418,27 @@ class EngineCore:
         # Before the rows of those that ended are given to others: this step still uses them.
         self._sampler.extend(np.array(rows, dtype=np.int64), np.array(sampled, dtype=np.int64))
         self._stats.generated_tokens += len(rows)
+
+    def _hand_out_vectors(self, states: list[RequestState], result: SampleResult) -> None:
+        """Gives each request its vector, which ends it."""
+        now = time.time()
+        for state, token_id, vector in zip(
+            states, result.token_ids.tolist(), result.vectors or [], strict=True
+        ):
+            if state.finished:
+                continue
+            if token_id < 0:
+                self._fail(state, result.reasons[state.row])
+                continue
+            state.metrics.first_token_time = now
+            self._stats.finished += 1
+            self._end(state)
+            self._outputs.append(
+                TokenOutput(
+                    request_id=state.request_id, token_ids=[], finish_reason="stop",
+                    metrics=state.metrics, embedding=vector,
+                )
+            )  # fmt: skip
 
     def _report(
         self, state: RequestState, token_id: int, logprobs: list[TokenLogprob] | None, now: float

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,11 +20,19 @@ from starlette.types import Receive, Scope, Send
 
 from .admission import Admission
 from .attended import ClientLeft, attended
-from .errors import as_api_error
+from .errors import ApiError, as_api_error
 
 _log = logging.getLogger("autodeploy")
 DONE = b"data: [DONE]\n\n"
 _PARTING_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last bytes of a stream. done: if all went well. failed: of an error's stream."""
+
+    done: bytes = DONE
+    failed: Callable[[ApiError], bytes] = lambda e: b"data: " + e.encoded() + b"\n\n" + DONE
 
 
 def event(chunk: BaseModel) -> bytes:
@@ -50,10 +59,15 @@ class WholeAnswer(Response):
 
 
 class StreamAnswer(Response):
-    """Sends events as they come, then `[DONE]`; the status is 200 once the first one is there."""
+    """Sends events as they come, then what closes the stream, which is `[DONE]` unless told
+    otherwise; the status is 200 once the first event is there."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], admission: Admission, timeout: float | None
+        self,
+        events: AsyncGenerator[bytes, None],
+        admission: Admission,
+        timeout: float | None,
+        closing: Closing | None = None,
     ) -> None:
         super().__init__(
             media_type="text/event-stream",
@@ -62,12 +76,13 @@ class StreamAnswer(Response):
         )
         del self.headers["content-length"]
         self._events, self._admission, self._timeout = events, admission, timeout
+        self._closing = closing or Closing()
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await attended(self._send_all(send), receive, self._admission, self._timeout)
-            last = DONE
+            last = self._closing.done
         except ClientLeft:
             return
         except Exception as error:
@@ -75,7 +90,7 @@ class StreamAnswer(Response):
                 raise
             problem = as_api_error(error)
             _log.warning("a stream ends with an error: %s", error)
-            last = b"data: " + problem.encoded() + b"\n\n" + DONE
+            last = self._closing.failed(problem)
         # A client that has stopped reading must not hold on to us.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PARTING_SECONDS):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..errors import AutodeployError
-from . import chat, completions, health, models, tokens
+from . import chat, completions, embeddings, health, models, responses, tokens
 from .admission import Admission
 from .chat_message import formats_of
 from .config import ServerConfig
@@ -26,11 +26,12 @@ from .gates import ApiKeys, BodyLimit, RootPath, error_response
 from .metrics import ServerMetrics
 from .observation import Observation
 from .page import page_router
+from .response_store import ResponseStore
 from .service import Service
 from .status import status_router
 
 _log = logging.getLogger("autodeploy")
-ENDPOINTS = (completions, chat, models, tokens, health)
+ENDPOINTS = (completions, chat, responses, embeddings, models, tokens, health)
 
 
 def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
@@ -54,7 +55,7 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     formats = formats_of(config, getattr(host.llm.tokenizer, "chat_template", None))
     app.state.service = Service(
         config, host, Admission(config.max_open_sequences), metrics, formats, model,
-        int(time.time()),
+        int(time.time()), ResponseStore(config.response_store),
     )  # fmt: skip
     for endpoint in ENDPOINTS:
         app.include_router(endpoint.router)

@@ -28,7 +28,7 @@ from .protocol.chat import (
 )
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import constrained, demanding_a_call
+from .structured import asked_form, constrained, demanding_a_call
 
 router = APIRouter()
 
@@ -68,10 +68,11 @@ class _Call:
         if limit is not None or "max_tokens" not in defaults.sampling:
             changes["max_tokens"] = limit
         params = request.sampling_params(defaults.params(), **changes)
-        params = demanding_a_call(params, self.tools, request.response_format)
+        form = asked_form(request, request.response_format)
+        params = demanding_a_call(params, self.tools, form)
         if self.parser.needs_special_tokens(getattr(self.llm.tokenizer, "all_special_tokens", ())):
             params = params.clone(skip_special_tokens=False)
-        self.params = constrained(params, request.response_format)
+        self.params = constrained(params, form)
 
     async def answer(self) -> ChatCompletion:
         with self.service.admission.sequences(self.request.sequences_per_prompt):

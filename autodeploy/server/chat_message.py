@@ -23,6 +23,7 @@ from .parsing import (
     tool_options,
 )
 from .protocol.chat import ChatRequest, Message
+from .protocol.responses import ResponseRequest
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _named(flag: str, detected: str | None) -> str | None:
     return {"auto": detected, "none": None}.get(flag, flag)
 
 
-def options_of(request: ChatRequest, formats: Formats) -> ToolOptions:
+def options_of(request: ChatRequest | ResponseRequest, formats: Formats) -> ToolOptions:
     """What a request says about tools.
 
     Raises:

@@ -18,11 +18,11 @@ from .answers import event
 from .errors import invalid
 from .generation import Generation, UsageCount
 from .logprobs import completion_logprobs, prompt_logprobs
-from .prompt_input import completion_prompts
+from .prompt_input import completion_prompts, count_prompts
 from .protocol.completions import Completion, CompletionChoice, CompletionRequest
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import constrained
+from .structured import asked_form, constrained
 
 router = APIRouter()
 
@@ -57,7 +57,7 @@ class _Call:
         if request.echo and request.logprobs is not None:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
-        self.params = constrained(params, request.response_format)
+        self.params = constrained(params, asked_form(request, request.response_format))
         special = getattr(self.llm.tokenizer, "all_special_ids", ())
         self.silent = frozenset(special if self.params.skip_special_tokens else ())
 
@@ -110,9 +110,7 @@ class _Call:
         return chunk
 
     def _sequences(self) -> int:
-        prompt = self.request.prompt
-        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
-        return self.request.sequences_per_prompt * (1 if single else len(prompt))
+        return self.request.sequences_per_prompt * count_prompts(self.request.prompt)
 
     async def _generation(self) -> Generation:
         request = self.request

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..pooling import POOLINGS, Pooling
 
 ON_ENGINE_DEATH = ("exit", "restart")
 LOG_FORMATS = ("text", "json")
@@ -53,6 +54,8 @@ class ServerConfig:
     """how the model writes calls of tools; auto: as its chat template does, none: not at all"""
     reasoning_parser: str = "auto"
     """how the model marks its reasoning; auto: as its chat template does, none: not at all"""
+    pooling: Pooling = "last"
+    """what an embedding is made of: the last token's hidden state, or the mean over all tokens"""
     log_format: str = "text"
     """text, or json with a line per record"""
     otlp_traces_endpoint: str | None = None
@@ -61,6 +64,8 @@ class ServerConfig:
     """exit with status 1, or restart the engine in place"""
     trust_request_chat_template: bool = False
     """let requests bring a chat template, which can be written to run for hours"""
+    response_store: int = 256
+    """responses of /v1/responses to keep in memory for previous_response_id; 0 keeps none"""
     max_request_bytes: int = 16 * 2**20
     """largest body of a request"""
     max_prompt_tokens: int | None = None
@@ -79,7 +84,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("max_open_sequences", "max_request_bytes", "max_prompts", "max_n"):
             self._at_least(name, 1)
-        for name in ("max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout"):
+        for name in (
+            "max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout",
+            "response_store",
+        ):  # fmt: skip
             self._at_least(name, 0)
         for name in ("max_prompt_tokens", "request_timeout"):
             if getattr(self, name) is not None:
@@ -94,6 +102,8 @@ class ServerConfig:
                 f"on_engine_death must be {' or '.join(ON_ENGINE_DEATH)}, not "
                 f"{self.on_engine_death!r}"
             )
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be {' or '.join(POOLINGS)}, not {self.pooling!r}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(
                 f"log_format must be {' or '.join(LOG_FORMATS)}, not {self.log_format!r}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..async_llm import AsyncLLM, OutputKind
 from ..outputs import RequestOutput
+from ..pooling import Pooling
 from ..prompts import Prompt
 from ..runtime.sampling_params import SamplingParams
 from .metrics import ServerMetrics
@@ -27,6 +28,8 @@ class Generation:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    pooling: Pooling | None = None
+    """To embed, not to generate."""
 
     async def whole(self) -> list[RequestOutput]:
         """The finished outputs, in the order of the prompts.
@@ -90,6 +93,7 @@ class Generation:
             output_kind=kind,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            pooling=self.pooling,
         )
         return watched(outputs, self.metrics, self.params, kind)
 

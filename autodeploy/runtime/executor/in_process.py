@@ -30,6 +30,7 @@ class InProcessExecutor:
             max_model_len=self._engine.max_model_len,
             summary=self._engine.summary,
             cost=self._engine.cost,
+            task=self._engine.task,
         )
 
     def submit(self, request: EngineRequest) -> None:

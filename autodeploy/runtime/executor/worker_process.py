@@ -93,6 +93,7 @@ class _Worker:
             max_model_len=engine.max_model_len,
             summary=engine.summary,
             cost=engine.cost,
+            task=engine.task,
         )
         self._send([ready])
         steps = 0
