@@ -1,10 +1,14 @@
 """One server for all tests that only ask it something, and one process for what clients do."""
 
+import os
 import signal
 
 import pytest
 from running_server import RunningServer
 from served_process import Served, demo_with_tools
+
+# Read when LiteLLM is imported: it would ask the network what models cost.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 
 @pytest.fixture(scope="session")

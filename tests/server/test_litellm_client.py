@@ -19,8 +19,12 @@ CITY = {
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
 
 
-class Pet(BaseModel):
+class Pet(BaseModel, extra="forbid"):
     kind: Literal["cat", "dog"]
+
+
+# LiteLLM keeps its async connections for the next call.
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module", params=["openai", "hosted_vllm"])
@@ -49,6 +53,7 @@ def test_a_completion_whole_and_streamed_are_the_same(asked):
     assert built.choices[0].message.content == whole.choices[0].message.content
 
 
+@on_one_loop
 async def test_an_async_completion_whole_and_streamed_are_the_same(asked):
     async def streamed():
         answer = await litellm.acompletion(messages=MESSAGES, stream=True, **asked)
@@ -138,6 +143,7 @@ def test_errors_are_litellms_own(asked):
         litellm.completion(messages=MESSAGES, **{**asked, "model": other})
 
 
+@on_one_loop
 async def test_async_errors_are_litellms_own(asked):
     with pytest.raises(litellm.AuthenticationError):
         await litellm.acompletion(messages=MESSAGES, **{**asked, "api_key": "another"})
@@ -148,6 +154,7 @@ async def test_async_errors_are_litellms_own(asked):
         )  # fmt: skip
 
 
+@on_one_loop
 @pytest.mark.parametrize("provider", ["text-completion-openai", "hosted_vllm"])
 async def test_texts_are_completed(served_demo, provider):
     asked = {
