@@ -1,7 +1,7 @@
 """The official openai package's structured outputs and tools: classes in, objects out."""
 
 import json
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 import openai
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from served_process import KEY
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     CAT = "cat"
     DOG = "dog"
 
