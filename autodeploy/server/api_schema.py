@@ -1,0 +1,110 @@
+"""The OpenAPI schema that /openapi.json shows: FastAPI's, with what the gates and errors add.
+
+FastAPI knows the routes. That requests pass keys and a size limit first, that wrong ones are
+answered 400 and not 422, and that answers may be streams, it cannot know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from .gates import OPEN_PATHS
+
+Schema = dict[str, Any]
+_ERROR: Schema = {
+    "title": "Error",
+    "type": "object",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "the field to blame"},
+                "code": {"type": ["string", "null"], "description": "what a program looks at"},
+            },
+        }
+    },
+}
+_EVENTS: Schema = {
+    "type": "string",
+    "description": "with stream=true: server-sent events, of a piece or an error each, and [DONE]",
+}
+REFUSALS = {
+    "400": "The request is wrong.",
+    "401": "No API key, or a wrong one.",
+    "404": "Another model is asked for.",
+    "413": "The body is larger than the server takes.",
+    "429": "As many sequences are open as the server holds; Retry-After says when to come back.",
+    "500": "This request failed, others have not.",
+    "503": "The server is stopping, or its engine is gone.",
+    "504": "It took longer than the server gives a request.",
+}
+"""What an operation may be refused with, by status."""
+
+
+def show_schema(app: FastAPI, needs_key: bool) -> None:
+    """Makes `app` show its whole schema. needs_key: whether the server has API keys."""
+    made = app.openapi
+
+    def openapi() -> Schema:
+        if app.openapi_schema is None:
+            app.openapi_schema = _completed(made(), needs_key)
+        return app.openapi_schema
+
+    # FastAPI's documented way to change the schema.
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _completed(schema: Schema, needs_key: bool) -> Schema:
+    components = schema["components"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    components["schemas"]["Error"] = _ERROR
+    if needs_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            if needs_key and path not in OPEN_PATHS:
+                operation["security"] = [{"key": []}]
+            _add_refusals(operation, _refusals(path, method, operation))
+            if _may_stream(operation, components["schemas"]):
+                operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _EVENTS}
+    return schema
+
+
+def _refusals(path: str, method: str, operation: Schema) -> list[str]:
+    """Statuses that an operation may be refused with."""
+    found = ["401"] if "security" in operation else []
+    if "parameters" in operation:
+        found += ["404"]
+    if "requestBody" in operation:
+        found += ["400", "404", "413", "500", "503"]
+    if method == "post" and path.startswith("/v1/"):  # these make the engine work
+        found += ["429", "504"]
+    return sorted(found)
+
+
+def _add_refusals(operation: Schema, statuses: list[str]) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    for status in statuses:
+        answer: Schema = {
+            "description": REFUSALS[status],
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
+        if status == "429":
+            answer["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
+        responses.setdefault(status, answer)
+
+
+def _may_stream(operation: Schema, schemas: Schema) -> bool:
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    name = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
+    return "stream" in schemas.get(name, {}).get("properties", {})
