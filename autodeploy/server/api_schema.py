@@ -6,10 +6,13 @@ answered 400 and not 422, and that answers may be streams, it cannot know.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import FastAPI
 
+from ..runtime.sampling_params import FLOAT_RANGES, INT_RANGES
+from .config import ServerConfig
 from .gates import OPEN_PATHS
 
 Schema = dict[str, Any]
@@ -47,31 +50,53 @@ REFUSALS = {
     "504": "It took longer than the server gives a request.",
 }
 """What an operation may be refused with, by status."""
+_TEXT = {"type": "string"}
+_PARTS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": _TEXT},
+    },
+}
+_MESSAGES: Schema = {
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"anyOf": [_TEXT, _PARTS]},
+        },
+    },
+}
 
 
-def show_schema(app: FastAPI, needs_key: bool) -> None:
-    """Makes `app` show its whole schema. needs_key: whether the server has API keys."""
+def show_schema(app: FastAPI, config: ServerConfig) -> None:
+    """Makes `app` show its whole schema, with the limits of this server."""
     made = app.openapi
 
     def openapi() -> Schema:
         if app.openapi_schema is None:
-            app.openapi_schema = _completed(made(), needs_key)
+            app.openapi_schema = _completed(made(), config)
         return app.openapi_schema
 
     # FastAPI's documented way to change the schema.
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _completed(schema: Schema, needs_key: bool) -> Schema:
+def _completed(schema: Schema, config: ServerConfig) -> Schema:
     components = schema["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     components["schemas"]["Error"] = _ERROR
-    if needs_key:
+    if config.api_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for each in components["schemas"].values():
+        _add_limits(each.get("properties", {}), config)
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
-            if needs_key and path not in OPEN_PATHS:
+            if config.api_key and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
             _add_refusals(operation, _refusals(path, method, operation))
             if _may_stream(operation, components["schemas"]):
@@ -108,3 +133,29 @@ def _may_stream(operation: Schema, schemas: Schema) -> bool:
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     name = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
     return "stream" in schemas.get(name, {}).get("properties", {})
+
+
+def _add_limits(properties: Schema, config: ServerConfig) -> None:
+    """Says of a request's fields how large they may be; nothing of an answer's."""
+    if "messages" in properties:
+        _of_type(properties["messages"], "array").update(_MESSAGES)
+    if "max_tokens" not in properties:
+        return
+    limits = {name: (low, high) for name, (low, high, _) in (INT_RANGES | FLOAT_RANGES).items()}
+    limits["n"] = (1, config.max_n)
+    limits["max_tokens"] = (0, limits["max_tokens"][1])  # 0 with echo
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        limits[name] = (0, config.max_logprobs)
+    for name, (low, high) in limits.items():
+        for kind in ("integer", "number"):
+            shown = _of_type(properties.get(name, {}), kind)
+            if shown:
+                shown["minimum"] = low
+                if math.isfinite(high):
+                    shown["maximum"] = high
+
+
+def _of_type(field: Schema, kind: str) -> Schema:
+    """The part of a field's schema that is of a type; an empty one if there is none."""
+    found: list[Schema] = [each for each in field.get("anyOf", [field]) if each.get("type") == kind]
+    return found[0] if found else {}

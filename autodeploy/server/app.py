@@ -62,7 +62,7 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     app.include_router(metrics.router())
     app.include_router(status_router(lambda: host.llm, name, bool(config.api_key)))
     app.include_router(page_router())
-    show_schema(app, bool(config.api_key))
+    show_schema(app, config)
     _add_error_handlers(app)
     _add_gates(app, config, metrics)
     return app
