@@ -51,22 +51,28 @@ REFUSALS = {
 }
 """What an operation may be refused with, by status."""
 _TEXT = {"type": "string"}
-_PARTS = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"const": "text"}, "text": _TEXT},
-    },
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": _TEXT},
 }
+_PARTS = {"type": "array", "items": {"anyOf": [_TEXT, _PART]}}
 _MESSAGES: Schema = {
     "minItems": 1,
     "items": {
         "type": "object",
-        "required": ["role", "content"],
+        "required": ["role"],
         "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"anyOf": [_TEXT, _PARTS]},
+            "role": {
+                "type": "string",
+                "minLength": 1,
+                "description": "system, developer, user, assistant, tool, or another that the "
+                "chat template knows",
+            },
+            "content": {
+                "anyOf": [_TEXT, _PARTS, {"type": "null"}],
+                "description": "null only where an assistant called a tool",
+            },
         },
     },
 }
