@@ -57,23 +57,29 @@ _PART = {
     "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": _TEXT},
 }
 _PARTS = {"type": "array", "items": {"anyOf": [_TEXT, _PART]}}
+_ROLE = {
+    "type": "string",
+    "minLength": 1,
+    "description": "system, developer, user, tool, or another that the chat template knows",
+}
 _MESSAGES: Schema = {
     "minItems": 1,
     "items": {
-        "type": "object",
-        "required": ["role"],
-        "properties": {
-            "role": {
-                "type": "string",
-                "minLength": 1,
-                "description": "system, developer, user, assistant, tool, or another that the "
-                "chat template knows",
+        "anyOf": [
+            {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {"role": _ROLE, "content": {"anyOf": [_TEXT, _PARTS]}},
             },
-            "content": {
-                "anyOf": [_TEXT, _PARTS, {"type": "null"}],
-                "description": "null only where an assistant called a tool",
+            {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "content": {"anyOf": [_TEXT, _PARTS, {"type": "null"}]},
+                },
             },
-        },
+        ]
     },
 }
 

@@ -81,7 +81,8 @@ def test_log_likelihoods_are_those_of_llm(samples, llm):
     for sample in samples["autodeploy_choices"]:
         doc = sample["doc"]
         for choice, ((found, greedy),) in zip(doc["choices"], sample["resps"], strict=True):
-            context = len(token_ids(llm, doc["prompt"]))
+            # lm-eval counts spaces at the end of the prompt to the choice.
+            context = len(token_ids(llm, doc["prompt"].rstrip()))
             expected, is_greedy = log_likelihood(
                 llm, context, token_ids(llm, doc["prompt"] + choice)
             )
@@ -103,7 +104,7 @@ def test_continuations_are_those_of_llm(samples, llm):
 def test_whole_texts_cost_what_llm_says(samples, llm):
     for sample in samples["autodeploy_whole_texts"]:
         text = sample["doc"]["prompt"] + sample["doc"]["choices"][sample["doc"]["right"]]
-        ids = [llm.tokenizer.eos_token_id, *token_ids(llm, text)]
+        ids = [llm.tokenizer.bos_token_id, *token_ids(llm, text)]
         expected, _ = log_likelihood(llm, 1, ids)
         ((found,),) = sample["resps"]
         assert float(found) == pytest.approx(expected, abs=1e-3)
