@@ -66,7 +66,7 @@ class Served:
     def end(self):
         """Exit status and what was printed on standard error."""
         self.client.close()
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=60)
         with self._errors as errors:
             errors.seek(0)
             return self.process.returncode, errors.read()
