@@ -122,9 +122,11 @@ def check_prompt(prompt: Prompt, index: int, vocab_size: int, max_model_len: int
     if not ids:
         raise EmptyPromptError(f"prompt {index} has no tokens; give at least one")
     if len(ids) >= max_model_len:
+        # LangChain knows such errors by "prompt is too long", LiteLLM by "this model's ... is".
         raise PromptTooLongError(
-            f"prompt {index} has {len(ids)} tokens; sequences hold {max_model_len}, prompt and "
-            f"output together, so use at most {max_model_len - 1} or raise max_model_len"
+            f"prompt is too long: prompt {index} has {len(ids)} tokens, and this model's maximum "
+            f"context length is {max_model_len}, prompt and output together; use at most "
+            f"{max_model_len - 1} or raise max_model_len"
         )
     if min(ids) < 0 or max(ids) >= vocab_size:
         bad = next(i for i in ids if not 0 <= i < vocab_size)

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import AutodeployError
 from . import chat, completions, embeddings, health, models, responses, tokens
 from .admission import Admission
+from .api_schema import show_schema
 from .chat_message import formats_of
 from .config import ServerConfig
 from .engine_host import EngineHost
@@ -62,6 +63,7 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     app.include_router(metrics.router())
     app.include_router(status_router(lambda: host.llm, name, bool(config.api_key)))
     app.include_router(page_router())
+    show_schema(app, config)
     _add_error_handlers(app)
     _add_gates(app, config, metrics)
     return app

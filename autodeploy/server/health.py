@@ -5,18 +5,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse
 
 from .. import __version__
+from .protocol.base import Answer
 from .service import Service, service_of
 
 router = APIRouter()
 
 
-@router.get("/health", response_model=None)
+class Status(Answer):
+    """What a probe may show; what counts is the HTTP status."""
+
+    status: str
+    reason: str | None = None
+
+
+_STATUS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Status},
+    503: {"model": Status, "description": "No, for the reason given."},
+}
+
+
+@router.get("/health", response_model=None, responses=_STATUS)
 async def health(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
     """200 while the engine lives, else 503."""
     death = service.host.death
@@ -25,7 +39,7 @@ async def health(service: Annotated[Service, Depends(service_of)]) -> JSONRespon
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", response_model=None)
+@router.get("/ready", response_model=None, responses=_STATUS)
 async def ready(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
     """200 while new requests are taken, else 503."""
     if service.admission.draining:

@@ -117,7 +117,8 @@ def _check_length(prompt: Prompt, config: ServerConfig, param: str) -> None:
     if most is not None and len(prompt.token_ids) > most:
         raise ApiError(
             400,
-            f"a prompt has {len(prompt.token_ids)} tokens; this server takes {most}",
+            f"prompt is too long: it has {len(prompt.token_ids)} tokens, and this model's maximum "
+            f"context length is {most} on this server, output not counted; send fewer",
             param=param,
             code="context_length_exceeded",
         )

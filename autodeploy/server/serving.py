@@ -19,7 +19,7 @@ from .config import ServerConfig
 from .service import Service
 
 # After the last stream has ended: for answers that are being written.
-_CLOSING_SECONDS = 3
+CLOSING_SECONDS = 3
 
 
 def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> int:
@@ -51,7 +51,7 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         server_header=False,
         # A proxy's word on who the client is counts only where the proxy is.
         proxy_headers=False,
-        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,
