@@ -75,21 +75,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(settings_module.schema(), indent=2))
         return 0
     settings = read_settings(args)
-    from ..async_llm import AsyncLLM
     from ..server.app import build_app
-    from ..server.engine_host import EngineHost
     from ..server.logs import set_up_logging
     from ..server.serving import bound_socket, serve
+    from ..server.start import start_engines
 
     set_up_logging(settings.server.log_format, logging.DEBUG if args.verbose else logging.INFO)
-
-    def build() -> AsyncLLM:
-        return AsyncLLM(settings.model, **settings.deploy)
-
     with bound_socket(settings.server) as listener:
-        restarts = settings.server.on_engine_death == "restart"
-        host = EngineHost(build(), build if restarts else None)
-        app = build_app(settings.server, host, settings.model)
+        app = build_app(settings.server, start_engines(settings), settings.model)
         return serve(app, settings.server, listener)
 
 
