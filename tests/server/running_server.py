@@ -29,9 +29,11 @@ def demo_engine(**options):
 class RunningServer:
     """Serves until `close`."""
 
-    def __init__(self, engine=None, build=None, **options):
+    def __init__(self, engine=None, build=None, replicas=1, **options):
         config = ServerConfig(port=0, **{"served_model_name": ["demo"], **options})
-        self.host = EngineHost([Replica(engine or demo_engine(), build)])
+        self.host = EngineHost(
+            [Replica(engine or demo_engine(), build) for _ in range(replicas)]
+        )  # fmt: skip
         self.app = build_app(config, self.host, DEMO)
         self.service = self.app.state.service
         listener = bound_socket(config)

@@ -152,6 +152,27 @@ def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
     assert running.server.status == 1
 
 
+def test_of_several_one_that_dies_and_stays_dead_lets_the_others_finish_and_ends_the_server(own):
+    running = own(replicas=2, shutdown_timeout=20)
+    ask = {**LONG, "stream": True}
+    with (
+        running.client.stream("POST", TEXT, json=ask) as first,
+        running.client.stream("POST", TEXT, json={**ask, "max_tokens": 300}) as second,
+    ):
+        lines = [first.iter_lines(), second.iter_lines()]
+        for each in lines:
+            next(each)
+        assert [llm.open_requests for llm in running.host.llms] == [1, 1]
+        die(running)
+        assert error_of([line for line in lines[0] if line])["code"] == "engine_dead"
+        assert httpx.get(running.url + "/health").json() == {"status": "degraded"}
+        eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
+        rest = [line for line in lines[1] if line]
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 1
+
+
 def test_an_engine_that_dies_is_started_again_if_that_is_the_policy(own):
     may_build = threading.Event()
     failures = [RuntimeError("no device"), ConfigError("no memory")]

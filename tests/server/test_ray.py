@@ -13,7 +13,7 @@ from served_process import Served
 from autodeploy.cli.main import main, parser
 from autodeploy.cli.serve import read_settings
 from autodeploy.errors import ConfigError
-from autodeploy.server.ray_serving import deployment_options, http_options
+from autodeploy.server.ray_serving import ServerReplica, deployment_options, http_options
 
 
 def settings(*flags):
@@ -35,6 +35,14 @@ def test_ray_scales_only_if_a_most_is_given():
         "min_replicas": 1, "max_replicas": 5, "target_ongoing_requests": 64,
     }  # fmt: skip
     assert "num_replicas" not in scaled
+
+
+@pytest.mark.parametrize("flags", [(), ("--max-replicas", "3"), ("--request-router", "session")])
+def test_ray_takes_what_it_is_told(flags):
+    serve = pytest.importorskip("ray.serve")
+    options = deployment_options(settings(*flags), has_gpus=False)
+    made = serve.deployment(**options)(serve.ingress()(ServerReplica))
+    assert made.name == "autodeploy"
 
 
 def test_the_servers_own_limit_is_met_before_rays():

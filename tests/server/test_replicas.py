@@ -116,5 +116,12 @@ def test_one_dies_and_the_other_goes_on_until_it_is_back(served):
     assert grown(before, finished(served))[0] > 0
 
 
+def test_nothing_is_left_open(served):
+    eventually(lambda: not any(r["open_tokens"] for r in status(served)["replicas"]))
+    each = [replica["stats"] for replica in status(served)["replicas"]]
+    whole = status(served)["stats"]
+    assert whole["generated_tokens"] == sum(stats["generated_tokens"] for stats in each)
+
+
 def status(served):
     return served.client.get("/api/status").json()
