@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI
 
-from ..errors import ConfigError, EngineDeadError
+from ..errors import ConfigError, EngineDeadError, EngineError
 from .app import build_app
 from .logs import LogFormat, set_up_logging
 from .ray_config import ROUTERS
@@ -65,32 +65,48 @@ def serve_on_ray(settings: Settings) -> int:
 
     Raises:
         ConfigError: Ray is not installed, or cannot do what the settings ask for.
+        EngineError: a replica could not be started.
     """
-    ray, serve = _import_ray()
     _check(settings)
+    ray, serve = _import_ray()
+    _connect(ray, settings)
+    try:
+        serve.start(proxy_location="EveryNode", http_options=http_options(settings))
+        try:
+            _deploy(serve, settings, _has_gpus(ray, settings))
+            _wait_for_signal()
+        finally:
+            _leave(serve, settings.server.shutdown_timeout + _LEAVING_SECONDS)
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _deploy(serve: Any, settings: Settings, has_gpus: bool) -> None:
+    deployment = serve.deployment(**deployment_options(settings, has_gpus))
+    application = deployment(serve.ingress()(ServerReplica)).bind(settings)
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise EngineError(
+            f"Ray could not start the server ({error}); what its replicas logged says why"
+        ) from error
+    server = settings.server
+    scheme = "https" if server.ssl_certfile else "http"
+    names = ", ".join(server.served_model_name or [settings.model])
+    print(f"serving {names} on {scheme}://{server.host}:{server.port}", flush=True)
+
+
+def _wait_for_signal() -> None:
+    """Until SIGTERM or Ctrl-C, which from now on end what was deployed gracefully."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    _connect(ray, settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    try:
-        serve.start(proxy_location="EveryNode", http_options=http_options(settings))
-        deployment = serve.deployment(**deployment_options(settings, _has_gpus(ray, settings)))(
-            serve.ingress()(ServerReplica)
-        )
-        serve.run(deployment.bind(settings), name=APPLICATION, route_prefix="/")
-        server = settings.server
-        scheme = "https" if server.ssl_certfile else "http"
-        names = ", ".join(server.served_model_name or [settings.model])
-        print(f"serving {names} on {scheme}://{server.host}:{server.port}", flush=True)
-        stop.wait()
-        _leave(serve, server.shutdown_timeout + _LEAVING_SECONDS)
-    finally:
-        ray.shutdown()
-    return 0
+    stop.wait()
 
 
 def deployment_options(settings: Settings, has_gpus: bool) -> dict[str, Any]:

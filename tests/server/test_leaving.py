@@ -103,6 +103,18 @@ def test_a_stopping_server_refuses_new_requests_and_finishes_open_ones(own):
     assert running.server.status == 0
 
 
+def test_a_stopping_server_finishes_what_is_open_on_every_replica(own):
+    running = own(shutdown_timeout=20, replicas=2)
+    threads = [in_thread(running, **{**LONG, "max_tokens": 300, "prompt": p}) for p in ("a", "b")]
+    eventually(lambda: [llm.open_requests for llm in running.host.llms] == [1, 1])
+    running.stop()
+    for thread, answers in threads:
+        thread.join()
+        assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
 def test_what_is_open_after_the_shutdown_timeout_ends_with_an_error(own):
     running = own(shutdown_timeout=0.2)
     thread, whole = in_thread(running, **LONG)
@@ -135,6 +147,29 @@ def die(running):
         raise RuntimeError("the device fell off")
 
     running.host.llm._executor._engine.step = broken
+
+
+def test_without_a_living_replica_nothing_is_served_until_one_is_back(own):
+    may_build = threading.Event()
+
+    def build():
+        assert may_build.wait(20)
+        return demo_engine()
+
+    running = own(build=build, replicas=2)
+    for _ in range(2):
+        die(running)
+        dying = running.host.llm
+        assert running.post(TEXT, **LONG).status_code == 503
+        eventually(lambda dying=dying: dying.death is not None)
+    assert running.client.get("/health").json()["status"] == "dead"
+    assert running.client.get("/api/status").json()["state"] == "dead"
+    refused = running.post(TEXT, prompt="a").json()["error"]
+    assert "it is being started again" in refused["message"]
+    may_build.set()
+    eventually(lambda: running.client.get("/api/status").json()["state"] == "ok", 30)
+    assert running.post(TEXT, prompt="a").status_code == 200
+    assert running.host.restarts == 2
 
 
 def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):

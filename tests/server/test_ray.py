@@ -79,26 +79,34 @@ def test_without_ray_it_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'autodeploy-llm[serve,ray]'" in capsys.readouterr().err
 
 
+def test_a_port_that_other_machines_could_not_know_is_refused(capsys):
+    assert main(["serve", DEMO, "--ray", "--port", "0"]) == 1
+    assert "the port must be named" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_two_replicas_on_ray_serve_and_one_that_dies_is_replaced():
+@pytest.mark.parametrize("router", ["power_of_two", "session"])
+def test_two_replicas_on_ray_serve_and_one_that_dies_is_replaced(router):
     pytest.importorskip("ray")
     port = free_port()
     one = Served(
         "--ray", "--num-replicas", "2", "--port", str(port), "--max-num-seqs", "8",
-        "--cpus-per-replica", "0.5",
+        "--cpus-per-replica", "0.5", "--request-router", router,
     )  # fmt: skip
     try:
         assert httpx.get(f"{one.url}/v1/models").status_code == 401
         body = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
-        answers = {one.client.post("/v1/completions", json=body).text.split('"text"')[1][:40]
-                   for _ in range(8)}  # fmt: skip
-        assert len(answers) == 1
+        answers = [one.client.post("/v1/completions", json=body).json() for _ in range(8)]
+        assert len({answer["choices"][0]["text"] for answer in answers}) == 1
         with one.stream(max_tokens=40) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert lines[-1] == "data: [DONE]"
         assert len(lines) > 20
         bad = one.client.post("/v1/completions", json={"prompt": "a", "temprature": 1})
         assert bad.json()["error"]["code"] == "unknown_parameter"
+
+        if router == "session":
+            assert [found > 0 for found in cached_of_one_session(one, 6)] == [False] + [True] * 5
 
         engines = engines_of(one)
         assert len(engines) == 2
@@ -115,9 +123,20 @@ def test_two_replicas_on_ray_serve_and_one_that_dies_is_replaced():
         status, errors = one.end()
         assert status == 0, errors
         assert "of-the-environment" not in errors
+        eventually(lambda: not any(engine.is_running() for engine in engines))
     finally:
         if one.process.poll() is None:
             one.process.kill()
+
+
+def cached_of_one_session(one, count):
+    """Prompt tokens found in a cache, for each of several equal requests of one session."""
+    body = {"prompt": "def mul(a, b):\n    return a * b\n" * 4, "max_tokens": 2}
+    headers = {"X-Session-Id": "mine"}
+    answers = [
+        one.client.post("/v1/completions", json=body, headers=headers).json() for _ in range(count)
+    ]
+    return [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
 
 
 def engines_of(one):
