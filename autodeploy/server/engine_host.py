@@ -69,12 +69,10 @@ class EngineHost:
         Raises:
             EngineDeadError: all are gone.
         """
+        self.living()
         if len(self.replicas) == 1:
-            self.living()
             return self.replicas[0]
         serving = self.serving
-        if not serving:
-            self.living()
         ready = serving[0].llm.ready
         hashes = _hashes(token_ids, ready.block_size, cache_salt) if ready.prefix_blocks else []
         replica = serving[choose([_candidate(r, hashes) for r in serving])]
