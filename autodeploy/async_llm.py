@@ -32,7 +32,14 @@ from .pooling import Pooling
 from .prompts import check_prompt, params_for_each, read_prompts, require_task
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
-from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
+from .runtime.messages import (
+    EngineDied,
+    EngineReady,
+    EngineStats,
+    RequestFailed,
+    TokenBatch,
+    TokenOutput,
+)
 from .runtime.sampling_params import SamplingParams
 from .structured_check import StructuredCheck
 
@@ -47,6 +54,8 @@ class _Stream:
     kind: OutputKind
     queue: asyncio.Queue[RequestOutput | AutodeployError]
     loop: asyncio.AbstractEventLoop
+    tokens: int
+    """That its sequences have: their prompts, and what has come out."""
 
     def put(self, item: RequestOutput | AutodeployError) -> None:
         # A closed loop has nobody left to tell.
@@ -92,6 +101,9 @@ class AsyncLLM:
         self._seeds = random.Random(seed)
         self._streams: dict[str, _Stream] = {}
         self._children: dict[str, tuple[_Stream, int]] = {}
+        # Of streams opened, of what came out of them, of streams ended. Each has one writer at a
+        # time (the last two: the background thread), so that a token costs no lock.
+        self._tokens_in = self._tokens_out = self._tokens_gone = 0
         self._commands: deque[Callable[[], None]] = deque()
         # Held while streams are opened or forgotten: none may slip in behind the engine's death.
         self._lock = threading.Lock()
@@ -123,6 +135,17 @@ class AsyncLLM:
     def open_requests(self) -> int:
         """Streams that have not ended."""
         return len(self._streams)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the streams that have not ended, running and waiting: what the engine holds or
+        is about to. A prompt counts once per sequence, whether it is cached or not."""
+        return self._tokens_in + self._tokens_out - self._tokens_gone
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine said of itself when it was built."""
+        return self._executor.ready
 
     @property
     def death(self) -> AutodeployError | None:
@@ -280,7 +303,8 @@ class AsyncLLM:
             streams=kind != "final", pooling=pooling,
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
-        stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())
+        tokens = own.n * len(read[0].token_ids)
+        stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop(), tokens)
         with self._lock:
             self._require_open()
             if name in self._streams:
@@ -288,6 +312,7 @@ class AsyncLLM:
                     f"request id '{name}' is in use; give each request its own"
                 )
             self._streams[name] = stream
+            self._tokens_in += tokens
             self._post(lambda: self._submit_now(stream))
         return stream
 
@@ -340,6 +365,9 @@ class AsyncLLM:
             if event.request_id not in self._children:
                 continue  # the end of a stream that has been given up
             stream, index = self._children[event.request_id]
+            if isinstance(event, TokenOutput):
+                stream.tokens += len(event.token_ids)
+                self._tokens_out += len(event.token_ids)
             if stream.active.update(index, event):
                 stopped.append(event.request_id)
             touched[id(stream)] = stream
@@ -361,6 +389,8 @@ class AsyncLLM:
                 stream, index = self._children.get(request_id, (None, 0))
                 if stream is not None and stream.active.defers_text:
                     stream.active.add_tokens(index, (token_id,))
+                    stream.tokens += 1
+                    self._tokens_out += 1
                 elif stream is not None:
                     yield TokenOutput(request_id=request_id, token_ids=[token_id])
 
@@ -388,7 +418,8 @@ class AsyncLLM:
 
     def _forget(self, stream: _Stream) -> None:
         with self._lock:
-            self._streams.pop(stream.active.request_id, None)
+            if self._streams.pop(stream.active.request_id, None) is not None:
+                self._tokens_gone += stream.tokens
         for request in stream.active.engine_requests:
             self._children.pop(request.request_id, None)
 

@@ -9,6 +9,7 @@ weights that are loaded once. Either way the next start finds it made.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class Phases:
 
 def build_engine(config: DeployConfig) -> EngineCore:
     """Loads, compiles and allocates: everything but the front."""
+    _take_place(config)
     phases = Phases()
     recipe = config.resolved_recipe()
     runner, summary = _build_runner(config, recipe, phases)
@@ -96,6 +98,14 @@ def build_engine(config: DeployConfig) -> EngineCore:
     times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.seconds.items())
     _log.info("ready in %.1f s (%s)", phases.total, times)
     return engine
+
+
+def _take_place(config: DeployConfig) -> None:
+    """Keeps this process to its part of the machine; before CUDA is set up."""
+    if config.visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
 
 
 def _grammars(config: DeployConfig, vocab_size: int) -> Grammars:

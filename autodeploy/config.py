@@ -39,6 +39,11 @@ class DeployConfig:
     """Of a checkpoint; a live model keeps the one it has."""
     device: str = "auto"
     """Where a checkpoint is loaded; a live model stays where it is. auto: cuda if there is one."""
+    visible_devices: str | None = None
+    """GPUs that the engine's process sees, as CUDA_VISIBLE_DEVICES has them, such as "1"; None: all
+    that this one sees. It needs executor='process'."""
+    cpu_threads: int | None = None
+    """Threads that compute on a CPU; None: as many as torch takes."""
     load_format: str = "auto"
     """auto: the checkpoint's weights. dummy: random ones of its config's shapes, for benchmarks;
     the directory needs no weights and no tokenizer."""
@@ -83,7 +88,7 @@ class DeployConfig:
         self._positive("max_num_seqs")
         for name in (
             "max_model_len", "max_num_batched_tokens", "block_size", "max_prefill_chunk",
-            "kv_cache_memory_bytes", "num_pages",
+            "kv_cache_memory_bytes", "num_pages", "cpu_threads",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._positive(name)
@@ -99,6 +104,11 @@ class DeployConfig:
             raise ConfigError(
                 "verify compares logits, which a model with task='embed' has none of; verify it "
                 "with task='generate', whose graph is the same but for the head"
+            )
+        if self.visible_devices is not None and self.executor != "process":
+            raise ConfigError(
+                "visible_devices is for a process of the engine's own; use executor='process', or "
+                "set CUDA_VISIBLE_DEVICES"
             )
         self._one_of("dtype", DTYPES)
         self._one_of("load_format", LOAD_FORMATS)

@@ -79,6 +79,7 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         ("max-num-batched-tokens", "token budget of one step"),
         ("block-size", "tokens in a KV page"),
         ("kv-cache-memory-bytes", "memory of all caches together"),
+        ("cpu-threads", "threads that compute on a CPU"),
     ):
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
     group.add_argument(
@@ -101,6 +102,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None,
         help="plan a step while the one before runs (default: on a GPU)",
     )  # fmt: skip
+    group.add_argument(
+        "--visible-devices", metavar="GPUS",
+        help="GPUs that the engine's process sees, as CUDA_VISIBLE_DEVICES has them",
+    )  # fmt: skip
     group.add_argument("--executor", choices=("inprocess", "process"), help="where the engine runs")
     group.add_argument("--trust-remote-code", action="store_true", default=None,
                        help="run code that the checkpoint brings along")  # fmt: skip
@@ -113,7 +118,8 @@ _DEPLOY = (
     "task", "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
     "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "cudagraph_mode",
-    "async_scheduling", "executor", "trust_remote_code", "verify", "dump_graphs",
+    "async_scheduling", "executor", "visible_devices", "cpu_threads", "trust_remote_code", "verify",
+    "dump_graphs",
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from .graphs import default_sizes
 from .host_step import HostStep
 from .memory import memory_for_caches
 from .messages import (
+    EngineReady,
     EngineRequest,
     EngineStats,
     RequestFailed,
@@ -162,6 +163,17 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has something to compute or to report."""
         return bool(self._requests or self._outputs or self._flight or self._compiling)
+
+    def ready(self) -> EngineReady:
+        """What a front must know of this engine."""
+        config, pools = self._scheduler.config, self._scheduler.tables.pools.values()
+        blocks = max((pool.num_pages - 1 for pool in pools), default=0)
+        return EngineReady(
+            vocab_size=self.vocab_size, max_model_len=self.max_model_len, summary=self.summary,
+            cost=self.cost, task=self.task, step_tokens=config.max_num_batched_tokens,
+            block_size=config.page_size,
+            prefix_blocks=blocks if self._scheduler.reuses_prefixes else 0,
+        )  # fmt: skip
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request.

@@ -140,6 +140,12 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     """What a step must read and compute; None: unknown."""
     task: str = "generate"
     """generate, or embed."""
+    step_tokens: int = 0
+    """Most tokens that one step computes."""
+    block_size: int = 0
+    """Tokens of a page, the unit in which prefixes are shared."""
+    prefix_blocks: int = 0
+    """Pages of one sequence that the prefix cache can hold; 0: prefixes are not shared."""
 
 
 class EngineDied(msgspec.Struct, tag="died"):

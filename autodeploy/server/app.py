@@ -36,7 +36,7 @@ ENDPOINTS = (completions, chat, responses, embeddings, models, tokens, health)
 
 
 def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
-    """An ASGI application over an engine that runs; its end is the engine's end.
+    """An ASGI application over engines that run; its end is their end.
 
     model: what was deployed; its name, unless the config has others.
     """
@@ -52,7 +52,7 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
         title="autodeploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     name = (config.served_model_name or [model])[0]
-    metrics = ServerMetrics(lambda: host.llm, name)
+    metrics = ServerMetrics(lambda: host.llms, name)
     formats = formats_of(config, getattr(host.llm.tokenizer, "chat_template", None))
     app.state.service = Service(
         config, host, Admission(config.max_open_sequences), metrics, formats, model,
@@ -61,7 +61,7 @@ def build_app(config: ServerConfig, host: EngineHost, model: str) -> FastAPI:
     for endpoint in ENDPOINTS:
         app.include_router(endpoint.router)
     app.include_router(metrics.router())
-    app.include_router(status_router(lambda: host.llm, name, bool(config.api_key)))
+    app.include_router(status_router(host, name, bool(config.api_key)))
     app.include_router(page_router())
     show_schema(app, config)
     _add_error_handlers(app)

@@ -179,7 +179,7 @@ class _Call:
             template_kwargs=_template_kwargs(request, self.tools.for_template()),
         )
         return Generation(
-            self.llm,
+            self.service.host,
             self.service.metrics,
             self.id,
             [prompt],

@@ -120,7 +120,7 @@ class _Call:
         if request.echo:
             prompts = [self._with_text(prompt) for prompt in prompts]
         return Generation(
-            self.llm,
+            self.service.host,
             self.service.metrics,
             self.id,
             prompts,

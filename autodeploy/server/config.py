@@ -30,6 +30,9 @@ class ServerConfig:
     """port to listen on; 0 takes a free one"""
     root_path: str = ""
     """path under which a proxy shows this server, such as /llm"""
+    data_parallel_size: int = 1
+    """replicas of the model on this machine, an engine process and a GPU (or an equal share of the
+    CPU's threads) for each; a prompt goes to the one that likely has most of it cached"""
     served_model_name: list[str] = field(default_factory=list)
     """names of the model in requests; the first is given back (default: the model's path)"""
     api_key: list[str] = field(default_factory=list, repr=False)
@@ -82,7 +85,9 @@ class ServerConfig:
     """longest stop string, in characters"""
 
     def __post_init__(self) -> None:
-        for name in ("max_open_sequences", "max_request_bytes", "max_prompts", "max_n"):
+        for name in (
+            "data_parallel_size", "max_open_sequences", "max_request_bytes", "max_prompts", "max_n",
+        ):  # fmt: skip
             self._at_least(name, 1)
         for name in (
             "max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout",

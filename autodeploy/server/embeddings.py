@@ -15,7 +15,6 @@ from ..prompts import require_task
 from .generation import Generation
 from .prompt_input import completion_prompts, count_prompts
 from .protocol.embeddings import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
-from .record import current_record
 from .service import Service, service_of
 
 router = APIRouter()
@@ -38,12 +37,11 @@ async def _embed(request: EmbeddingRequest, service: Service, model: str) -> Emb
             llm, request.input, service.config, request.add_special_tokens, "input"
         )
         generation = Generation(
-            llm, service.metrics, f"embd-{uuid.uuid4().hex}", prompts, embedding_params(pooling),
-            request.priority, request.cache_salt, pooling,
+            service.host, service.metrics, f"embd-{uuid.uuid4().hex}", prompts,
+            embedding_params(pooling), request.priority, request.cache_salt, pooling,
         )  # fmt: skip
         outputs = await generation.whole()
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    _count(service, tokens)
     data = [
         Embedding(object="embedding", index=index, embedding=_shown(output, request))
         for index, output in enumerate(outputs)
@@ -57,11 +55,3 @@ def _shown(output: RequestOutput, request: EmbeddingRequest) -> list[float] | st
     if request.encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
-
-
-def _count(service: Service, tokens: int) -> None:
-    """Prompt tokens, which are otherwise counted when a first token comes."""
-    service.metrics.prompt_tokens += tokens
-    record = current_record()
-    if record is not None:
-        record.prompt_tokens += tokens

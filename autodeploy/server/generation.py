@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from ..async_llm import AsyncLLM, OutputKind
+from ..async_llm import OutputKind
 from ..outputs import RequestOutput
 from ..pooling import Pooling
 from ..prompts import Prompt
 from ..runtime.sampling_params import SamplingParams
+from .engine_host import EngineHost
 from .metrics import ServerMetrics
 from .protocol.base import PromptTokensDetails, Usage
 from .watch import watched
@@ -19,9 +20,12 @@ from .watch import watched
 
 @dataclass
 class Generation:
-    """Prompts with what they share. name: unique; the engine's requests are called after it."""
+    """Prompts with what they share. name: unique; the engine's requests are called after it.
 
-    llm: AsyncLLM
+    Each prompt goes to a replica of its own.
+    """
+
+    host: EngineHost
     metrics: ServerMetrics
     name: str
     prompts: list[Prompt]
@@ -86,8 +90,10 @@ class Generation:
                 queue.put_nowait((index, output))
 
     def _one(self, index: int, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
-        outputs = self.llm.generate(
-            [self.prompts[index]],
+        prompt = self.prompts[index]
+        replica = self.host.route(prompt.token_ids, self.cache_salt)
+        outputs = replica.llm.generate(
+            [prompt],
             self.params,
             f"{self.name}-{index}",
             output_kind=kind,
@@ -95,7 +101,7 @@ class Generation:
             cache_salt=self.cache_salt,
             pooling=self.pooling,
         )
-        return watched(outputs, self.metrics, self.params, kind)
+        return watched(outputs, self.metrics, self.params, kind, replica.number)
 
 
 class UsageCount:

@@ -1,6 +1,8 @@
 """GET /health, /ready and /version: what probes and load balancers ask, without a key.
 
-/health: whether the engine lives; restart what says no. /ready: whether requests should come here.
+/health: whether an engine lives; restart what says no. /ready: whether requests should come here.
+With several replicas one that lives is enough for both: those that died come back by themselves, or
+the server goes (`on_engine_death`), and restarting it from outside would end the others' requests.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from starlette.responses import JSONResponse
 from .. import __version__
 from .protocol.base import Answer
 from .service import Service, service_of
+from .status import state
 
 router = APIRouter()
 
@@ -32,11 +35,11 @@ _STATUS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health", response_model=None, responses=_STATUS)
 async def health(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
-    """200 while the engine lives, else 503."""
+    """200 while an engine lives, else 503."""
     death = service.host.death
     if death is not None:
         return JSONResponse({"status": "dead", "reason": str(death)}, 503)
-    return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": state(service.host)})
 
 
 @router.get("/ready", response_model=None, responses=_STATUS)

@@ -235,8 +235,8 @@ class _Call:
             self.llm, self.items, request, self.service.config, self.tools
         )
         return Generation(
-            self.llm, self.service.metrics, self.id, [prompt], self.params, request.priority,
-            request.cache_salt,
+            self.service.host, self.service.metrics, self.id, [prompt], self.params,
+            request.priority, request.cache_salt,
         )  # fmt: skip
 
     def _about(self, kind: str) -> bytes:

@@ -14,6 +14,7 @@ from autodeploy.runtime.executor import InProcessExecutor
 from autodeploy.server.app import build_app
 from autodeploy.server.config import ServerConfig
 from autodeploy.server.engine_host import EngineHost
+from autodeploy.server.replica import Replica
 from autodeploy.server.serving import Server, bound_socket, uvicorn_config
 
 DEMO = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
@@ -28,9 +29,11 @@ def demo_engine(**options):
 class RunningServer:
     """Serves until `close`."""
 
-    def __init__(self, engine=None, build=None, **options):
+    def __init__(self, engine=None, build=None, replicas=1, **options):
         config = ServerConfig(port=0, **{"served_model_name": ["demo"], **options})
-        self.host = EngineHost(engine or demo_engine(), build)
+        self.host = EngineHost(
+            [Replica(engine or demo_engine(), build) for _ in range(replicas)]
+        )  # fmt: skip
         self.app = build_app(config, self.host, DEMO)
         self.service = self.app.state.service
         listener = bound_socket(config)

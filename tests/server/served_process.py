@@ -57,8 +57,13 @@ class Served:
 
     def engine(self):
         """The process of the engine."""
+        return self.engines(1)[0]
+
+    def engines(self, count):
+        """The processes of `count` engines, oldest first."""
         children = psutil.Process(self.process.pid).children()
-        return max(children, key=lambda child: child.memory_info().rss)
+        children.sort(key=lambda child: child.memory_info().rss)
+        return sorted(children[-count:], key=lambda child: child.create_time())
 
     def stream(self, **fields):
         return self.client.stream("POST", "/v1/completions", json={**LONG, **fields})

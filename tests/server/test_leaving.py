@@ -103,6 +103,18 @@ def test_a_stopping_server_refuses_new_requests_and_finishes_open_ones(own):
     assert running.server.status == 0
 
 
+def test_a_stopping_server_finishes_what_is_open_on_every_replica(own):
+    running = own(shutdown_timeout=20, replicas=2)
+    threads = [in_thread(running, **{**LONG, "max_tokens": 300, "prompt": p}) for p in ("a", "b")]
+    eventually(lambda: [llm.open_requests for llm in running.host.llms] == [1, 1])
+    running.stop()
+    for thread, answers in threads:
+        thread.join()
+        assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
 def test_what_is_open_after_the_shutdown_timeout_ends_with_an_error(own):
     running = own(shutdown_timeout=0.2)
     thread, whole = in_thread(running, **LONG)
@@ -137,6 +149,29 @@ def die(running):
     running.host.llm._executor._engine.step = broken
 
 
+def test_without_a_living_replica_nothing_is_served_until_one_is_back(own):
+    may_build = threading.Event()
+
+    def build():
+        assert may_build.wait(20)
+        return demo_engine()
+
+    running = own(build=build, replicas=2)
+    for _ in range(2):
+        die(running)
+        dying = running.host.llm
+        assert running.post(TEXT, **LONG).status_code == 503
+        eventually(lambda dying=dying: dying.death is not None)
+    assert running.client.get("/health").json()["status"] == "dead"
+    assert running.client.get("/api/status").json()["state"] == "dead"
+    refused = running.post(TEXT, prompt="a").json()["error"]
+    assert "it is being started again" in refused["message"]
+    may_build.set()
+    eventually(lambda: running.client.get("/api/status").json()["state"] == "ok", 30)
+    assert running.post(TEXT, prompt="a").status_code == 200
+    assert running.host.restarts == 2
+
+
 def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
     running = own()
     thread, whole = in_thread(running, **LONG)
@@ -148,6 +183,27 @@ def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
     assert error_of(rest)["code"] == "engine_dead"
     thread.join()
     assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "engine_dead")
+    running.join()
+    assert running.server.status == 1
+
+
+def test_of_several_one_that_dies_and_stays_dead_lets_the_others_finish_and_ends_the_server(own):
+    running = own(replicas=2, shutdown_timeout=20)
+    ask = {**LONG, "stream": True}
+    with (
+        running.client.stream("POST", TEXT, json=ask) as first,
+        running.client.stream("POST", TEXT, json={**ask, "max_tokens": 300}) as second,
+    ):
+        lines = [first.iter_lines(), second.iter_lines()]
+        for each in lines:
+            next(each)
+        assert [llm.open_requests for llm in running.host.llms] == [1, 1]
+        die(running)
+        assert error_of([line for line in lines[0] if line])["code"] == "engine_dead"
+        assert httpx.get(running.url + "/health").json() == {"status": "degraded"}
+        eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
+        rest = [line for line in lines[1] if line]
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     running.join()
     assert running.server.status == 1
 

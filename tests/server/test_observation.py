@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_is_an_abort(logs):
                 left.set()
 
         await app(scope, receive, send)
-        assert app.state.metrics.finished["abort"] == 1
+        assert app.state.metrics.requests[0].finished["abort"] == 1
         while llm.open_requests:
             await asyncio.sleep(0.01)
     line = json.loads(stream.getvalue().splitlines()[-1])

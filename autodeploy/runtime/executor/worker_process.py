@@ -21,7 +21,6 @@ from ..messages import (
     AbortRequest,
     EngineDied,
     EngineEvent,
-    EngineReady,
     EngineRequest,
     FromFront,
     Shutdown,
@@ -88,14 +87,7 @@ class _Worker:
 
     def run(self) -> None:
         engine = self._engine
-        ready = EngineReady(
-            vocab_size=engine.vocab_size,
-            max_model_len=engine.max_model_len,
-            summary=engine.summary,
-            cost=engine.cost,
-            task=engine.task,
-        )
-        self._send([ready])
+        self._send([engine.ready()])
         steps = 0
         while True:
             self._take_messages(wait=not engine.has_work)
