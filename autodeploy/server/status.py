@@ -20,6 +20,8 @@ class Deployed(Served, Protocol):
     tokenizer: Any
 
     @property
+    def vocab_size(self) -> int: ...
+    @property
     def summary(self) -> dict[str, str]: ...
 
 
@@ -36,6 +38,7 @@ def status(llm: Deployed, model_name: str, needs_api_key: bool) -> dict[str, Any
         "has_tokenizer": llm.tokenizer is not None,
         "has_chat_template": bool(getattr(llm.tokenizer, "chat_template", None)),
         "max_model_len": llm.max_model_len,
+        "vocab_size": llm.vocab_size,
         "device": facts.get("device", "unknown"),
         "dtype": facts.get("dtype", "unknown"),
         "rung": facts.get("rung", "unknown"),
