@@ -244,7 +244,9 @@ class AsyncLLM:
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        self._executor.wake()
+        # Behind another one it needs no wake-up of its own: all that wait are done at once.
+        if len(self._commands) == 1:
+            self._executor.wake()
 
     # What follows runs in the background thread.
 

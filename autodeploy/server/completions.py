@@ -58,8 +58,9 @@ class _Call:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
         self.params = constrained(params, request.response_format)
-        special = getattr(self.llm.tokenizer, "all_special_ids", ())
-        self.silent = frozenset(special if self.params.skip_special_tokens else ())
+        self.silent: frozenset[int] = frozenset()
+        if request.logprobs is not None and self.params.skip_special_tokens:
+            self.silent = frozenset(getattr(self.llm.tokenizer, "all_special_ids", ()))
 
     async def answer(self) -> Completion:
         with self.service.admission.sequences(self._sequences()):
