@@ -136,7 +136,7 @@ def _bodies(model: str, work: Workload, load: Load) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         if load.streams:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        yield body | load.extra
+        yield {**body, **load.extra}
 
 
 async def _run(address: Address, requests: Sequence[bytes], load: Load) -> Run:

@@ -2,7 +2,7 @@
 
     python tests/server/sustained_load.py --requests 10000 --concurrency 500
 
-A part of the clients leaves, half of them after some output, half at any moment at all. Prints JSON.
+A part of the clients leaves, half of them after some output, half at any moment. Prints JSON.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 from random import Random
 
 from autodeploy.bench.http_client import (
-    Address,
     Connections,
     LoadError,
     completion_tokens,
@@ -24,6 +23,7 @@ from autodeploy.bench.http_client import (
 from autodeploy.bench.http_cost import served
 from autodeploy.bench.latencies import Served
 from autodeploy.bench.processes import engine_of, resident_bytes
+from autodeploy.bench.remote import address_of
 from autodeploy.bench.target import Target
 
 DEMO = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
@@ -80,7 +80,7 @@ def sustain(requests, concurrency, leavers, seed=0, **options):
 
 class _Load:
     def __init__(self, url, pid, leavers, seed):
-        self.address = Address.of(url)
+        self.address = address_of(url)
         self.connections = Connections(self.address)
         self.pid, self.engine = pid, engine_of(pid)
         self.leavers, self.random = leavers, Random(seed)
