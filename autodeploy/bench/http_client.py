@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 from ..errors import ConfigError
 from .latencies import Served
 
-# Of every event with output, and not of the one that tells the usage, whose list is empty. Inside of
-# JSON's strings quotes have backslashes.
+# Of every event with output; the one that tells the usage has an empty list. Inside of JSON's
+# strings quotes have backslashes.
 _OUTPUT = b'"choices":[{'
 _CARRY = len(_OUTPUT) - 1
 _KEPT = 4096
