@@ -29,6 +29,7 @@ from ..messages import (
 from .base import BuildEngine, refusal
 
 _STATS_EVERY_STEPS = 16
+_KERNELS_KEPT = "128"
 _log = logging.getLogger("autodeploy")
 
 
@@ -44,6 +45,7 @@ def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
     if log_level < logging.WARNING:
         logging.basicConfig(format="%(name)s worker: %(message)s")
         _log.setLevel(log_level)
+    _bound_kernel_cache()
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     for option, value in ((zmq.LINGER, 1000), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
@@ -58,6 +60,16 @@ def run_worker(address: str, log_level: int, build: BuildEngine) -> None:
     finally:
         socket.close()
         context.term()
+
+
+def _bound_kernel_cache() -> None:
+    """Keeps what oneDNN compiles on a CPU from filling the memory.
+
+    It compiles a kernel for every number of tokens and every linear of a step, and keeps 1024 of
+    them by default, some 0.8 MB each: in bfloat16 an engine grew by 700 MB over its first 10,000
+    requests, and was no faster for it. It reads the variable when it is first used.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
 
 
 def _end_with_parent(address: str) -> None:
