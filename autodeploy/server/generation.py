@@ -47,11 +47,9 @@ class Generation:
                 outputs[index] = output
         return [outputs[index] for index in range(len(self.prompts))]
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    def deltas(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """What is new, with the index of its prompt, as it comes; ends as `whole` does."""
-        async with aclosing(self._all("delta")) as parts:
-            async for part in parts:
-                yield part
+        return self._all("delta")
 
     async def _all(self, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         if len(self.prompts) == 1:

@@ -67,7 +67,10 @@ class Service:
         return StreamAnswer(events, self.admission, self.config.request_timeout, closing)
 
 
-def service_of(request: Request) -> Service:
-    """The service of the application that a request came to; a FastAPI dependency."""
+async def service_of(request: Request) -> Service:
+    """The service of the application that a request came to; a FastAPI dependency.
+
+    Async, because FastAPI calls others in a thread: 40 of them, for a look at an attribute.
+    """
     service: Service = request.app.state.service
     return service

@@ -33,6 +33,8 @@ def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> int:
     scheme = "https" if config.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    # Who reads the line may call at once, which may be before uvicorn takes the first call.
+    listener.listen(server.config.backlog)
     print(f"serving {', '.join(service.model_names)} on {scheme}://{shown}:{port}", flush=True)
     server.run([listener])
     return server.status
