@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from conftest import pages_used
+from held_pages import pages_used
 
 from autodeploy import AsyncLLM, SamplingParams
 from autodeploy.build import build_engine

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import pages_used
+from held_pages import pages_used
 from tiny_models import tiny_model
 from toy_tokenizers import byte_level
 from transformers import (

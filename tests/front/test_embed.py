@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from conftest import pages_used
+from held_pages import pages_used
 from tiny_models import tiny_model
 
 from autodeploy import AsyncLLM, deploy
