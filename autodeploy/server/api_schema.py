@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from ..runtime.sampling_params import FLOAT_RANGES, INT_RANGES
 from .config import ServerConfig
 from .gates import OPEN_PATHS
+from .responses import PATH as RESPONSES
 
 Schema = dict[str, Any]
 _ERROR: Schema = {
@@ -35,10 +36,8 @@ _ERROR: Schema = {
         }
     },
 }
-_EVENTS: Schema = {
-    "type": "string",
-    "description": "with stream=true: server-sent events, of a piece or an error each, and [DONE]",
-}
+_EVENTS = "with stream=true: server-sent events, of a piece or an error each, and [DONE]"
+_TYPED_EVENTS = "with stream=true: server-sent events with types, the last with the response"
 REFUSALS = {
     "400": "The request is wrong.",
     "401": "No API key, or a wrong one.",
@@ -104,23 +103,28 @@ def _completed(schema: Schema, config: ServerConfig) -> Schema:
     components["schemas"]["Error"] = _ERROR
     if config.api_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for each in components["schemas"].values():
-        _add_limits(each.get("properties", {}), config)
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             if config.api_key and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
             _add_refusals(operation, _refusals(path, method, operation))
-            if _may_stream(operation, components["schemas"]):
-                operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _EVENTS}
+            body = _body(operation, components["schemas"])
+            _add_limits(body, config)
+            if "stream" in body:
+                told = _TYPED_EVENTS if path == RESPONSES else _EVENTS
+                content = operation["responses"]["200"]["content"]
+                content["text/event-stream"] = {"schema": {"type": "string", "description": told}}
     return schema
 
 
 def _refusals(path: str, method: str, operation: Schema) -> list[str]:
     """Statuses that an operation may be refused with."""
     found = ["401"] if "security" in operation else []
-    if "parameters" in operation:
+    places = {parameter["in"] for parameter in operation.get("parameters", ())}
+    if "path" in places:
         found += ["404"]
+    if "query" in places:
+        found += ["400"]
     if "requestBody" in operation:
         found += ["400", "404", "413", "500", "503"]
     if method == "post" and path.startswith("/v1/"):  # these make the engine work
@@ -141,21 +145,23 @@ def _add_refusals(operation: Schema, statuses: list[str]) -> None:
         responses.setdefault(status, answer)
 
 
-def _may_stream(operation: Schema, schemas: Schema) -> bool:
+def _body(operation: Schema, schemas: Schema) -> Schema:
+    """The fields of an operation's requests; none of one without a body."""
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     name = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
-    return "stream" in schemas.get(name, {}).get("properties", {})
+    found: Schema = schemas.get(name, {}).get("properties", {})
+    return found
 
 
 def _add_limits(properties: Schema, config: ServerConfig) -> None:
-    """Says of a request's fields how large they may be; nothing of an answer's."""
+    """Says of a request's fields how large they may be."""
     if "messages" in properties:
         _of_type(properties["messages"], "array").update(_MESSAGES)
-    if "max_tokens" not in properties:
-        return
     limits = {name: (low, high) for name, (low, high, _) in (INT_RANGES | FLOAT_RANGES).items()}
     limits["n"] = (1, config.max_n)
+    limits["max_output_tokens"] = limits["max_tokens"]
     limits["max_tokens"] = (0, limits["max_tokens"][1])  # 0 with echo
+    limits["dimensions"] = (1, math.inf)
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         limits[name] = (0, config.max_logprobs)
     for name, (low, high) in limits.items():

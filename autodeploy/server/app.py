@@ -150,7 +150,8 @@ def _of_validation(problems: Sequence[Any]) -> ApiError:
     """One error for what pydantic found, as OpenAI words it: the first unknown field, or field."""
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     first = (unknown or problems)[0]
-    place = [str(step) for step in first["loc"] if step != "body"]
+    # The first step is where the fields are: in the body, the query or the path.
+    place = [str(step) for step in first["loc"][1:]]
     param = ".".join(place) or None
     if first["type"] == "extra_forbidden":
         return invalid(

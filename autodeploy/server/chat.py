@@ -28,7 +28,7 @@ from .protocol.chat import (
 )
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import asked_form, constrained, demanding_a_call
+from .structured import asked_form, constrained, demanding_a_call, field_of
 
 router = APIRouter()
 
@@ -73,6 +73,7 @@ class _Call:
         if self.parser.needs_special_tokens(getattr(self.llm.tokenizer, "all_special_tokens", ())):
             params = params.clone(skip_special_tokens=False)
         self.params = constrained(params, form)
+        self.form_field = field_of(form)
         self.tells_text_only = not (
             request.logprobs or request.return_token_ids or request.tells_usage_always
             or self.llm.tokenizer is None
@@ -208,6 +209,7 @@ class _Call:
             self.params,
             request.priority,
             request.cache_salt,
+            form_field=self.form_field,
         )
 
 

@@ -22,7 +22,7 @@ from .prompt_input import completion_prompts, count_prompts
 from .protocol.completions import Completion, CompletionChoice, CompletionRequest
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import asked_form, constrained
+from .structured import asked_form, constrained, field_of
 
 router = APIRouter()
 
@@ -57,7 +57,9 @@ class _Call:
         if request.echo and request.logprobs is not None:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
-        self.params = constrained(params, asked_form(request, request.response_format))
+        form = asked_form(request, request.response_format)
+        self.params = constrained(params, form)
+        self.form_field = field_of(form)
         self.silent: frozenset[int] = frozenset()
         if request.logprobs is not None and self.params.skip_special_tokens:
             self.silent = frozenset(getattr(self.llm.tokenizer, "all_special_ids", ()))
@@ -131,6 +133,7 @@ class _Call:
             self.params,
             request.priority,
             request.cache_salt,
+            form_field=self.form_field,
         )
 
     def _with_text(self, prompt: Prompt) -> Prompt:

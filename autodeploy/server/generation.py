@@ -15,6 +15,7 @@ from ..runtime.sampling_params import SamplingParams
 from .engine_host import EngineHost
 from .metrics import ServerMetrics
 from .protocol.base import PromptTokensDetails, Usage
+from .structured import blaming
 from .watch import watched
 
 
@@ -34,6 +35,8 @@ class Generation:
     cache_salt: str | None = None
     pooling: Pooling | None = None
     """To embed, not to generate."""
+    form_field: str = "structured_outputs"
+    """The field of the request that constrains the output; it is blamed if that cannot be done."""
 
     async def whole(self) -> list[RequestOutput]:
         """The finished outputs, in the order of the prompts.
@@ -54,8 +57,9 @@ class Generation:
     async def _all(self, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         if len(self.prompts) == 1:
             async with aclosing(self._one(0, kind)) as outputs:
-                async for only in outputs:
-                    yield 0, only
+                with blaming(self.form_field):
+                    async for only in outputs:
+                        yield 0, only
             return
         queue: asyncio.Queue[tuple[int, RequestOutput | None]] = asyncio.Queue()
         tasks = [
@@ -68,7 +72,8 @@ class Generation:
                 index, output = await queue.get()
                 if output is None:
                     left -= 1
-                    tasks[index].result()
+                    with blaming(self.form_field):
+                        tasks[index].result()
                 else:
                     yield index, output
         finally:

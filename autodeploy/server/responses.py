@@ -33,7 +33,7 @@ from .response_output import OutputWriter
 from .response_prompt import response_prompt
 from .response_store import Kept, owner_of
 from .service import Service, service_of
-from .structured import asked_form, constrained, demanding_a_call
+from .structured import asked_form, constrained, demanding_a_call, field_of
 
 router = APIRouter()
 PATH = "/v1/responses"
@@ -52,10 +52,13 @@ async def create_response(
 
 @router.get(PATH + "/{name}", responses={200: {"model": ResponseObject}}, response_model=None)
 async def get_response(
-    name: str, raw: Request, service: Annotated[Service, Depends(service_of)]
+    name: str,
+    raw: Request,
+    service: Annotated[Service, Depends(service_of)],
+    stream: bool = False,
 ) -> Response:
-    """A response that is kept."""
-    if raw.query_params.get("stream", "").lower() == "true":
+    """A response that is kept; as a whole only."""
+    if stream:
         raise invalid("a response that is kept is not streamed again; leave out stream", "stream")
     kept = service.responses.get(name, owner_of(raw.headers.get("authorization")))
     if kept is None:
@@ -208,6 +211,7 @@ class _Call:
             changes["max_tokens"] = request.max_output_tokens
         params = request.sampling_params(defaults.params(), **changes)
         form = asked_form(request, request.text.format if request.text else None, "text.format")
+        self.form_field = field_of(form)
         params = demanding_a_call(params, self.tools, form)
         if self.parser.needs_special_tokens(getattr(self.llm.tokenizer, "all_special_tokens", ())):
             params = params.clone(skip_special_tokens=False)
@@ -236,7 +240,7 @@ class _Call:
         )
         return Generation(
             self.service.host, self.service.metrics, self.id, [prompt], self.params,
-            request.priority, request.cache_salt,
+            request.priority, request.cache_salt, form_field=self.form_field,
         )  # fmt: skip
 
     def _about(self, kind: str) -> bytes:

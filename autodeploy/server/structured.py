@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from .errors import ApiError, invalid
 from .parsing import ToolOptions, required_output
 from .protocol.sampling import TokenFields
 
+_OURS = "structured_outputs"
 _GUIDED = {
     "guided_json": "json",
     "guided_regex": "regex",
@@ -44,7 +48,7 @@ def asked_form(
     """
     wanted = {field: _of_format(response_format, field)}
     if request.structured_outputs is not None:
-        wanted["structured_outputs"] = _checked(request.structured_outputs)
+        wanted[_OURS] = _checked(request.structured_outputs)
     for name, kind in _GUIDED.items():
         if getattr(request, name) is not None:
             wanted[name] = {kind: getattr(request, name)}
@@ -58,7 +62,7 @@ def asked_form(
         try:
             return Form(name, StructuredOutputsParams(**fields))
         except SamplingParamsError as error:
-            raise invalid(f"{name}: {error}", name) from error
+            raise _blamed(error, name) from error
     return None
 
 
@@ -73,7 +77,28 @@ def constrained(params: SamplingParams, form: Form | None) -> SamplingParams:
     try:
         return params.clone(structured_outputs=form.params)
     except SamplingParamsError as error:
-        raise invalid(f"{form.field}: {error}", form.field) from error
+        raise _blamed(error, form.field) from error
+
+
+def field_of(form: Form | None) -> str:
+    """The field of a request that says what its structured outputs must be."""
+    # A form that no field asks for is that of a call.
+    return "tools" if form is None else form.field
+
+
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """What the engine says of structured outputs is said of the field that the client sent.
+
+    Raises:
+        ApiError: for a SamplingParamsError about them.
+    """
+    try:
+        yield
+    except SamplingParamsError as error:
+        if not str(error).startswith(_OURS):
+            raise
+        raise _blamed(error, field) from error
 
 
 def demanding_a_call(
@@ -141,6 +166,14 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise _unknown(f"structured_outputs.{name}", suggest(name, known))
     return given
+
+
+def _blamed(error: SamplingParamsError, field: str) -> ApiError:
+    """The answer to a form that cannot be had: 400, in terms of the field that asked for it."""
+    message = str(error)
+    if field != _OURS:
+        message = re.sub(rf"^{_OURS}(\.\w+)?", field, message)
+    return invalid(message, field)
 
 
 def _unknown(param: str, hint: str) -> ApiError:

@@ -10,7 +10,7 @@ from autodeploy.server.app import build_app
 from autodeploy.server.config import ServerConfig
 from autodeploy.server.errors import ANSWERS, ApiError
 
-GENERATING = ("/v1/chat/completions", "/v1/completions")
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,12 @@ def test_what_generates_tells_every_refusal_and_that_it_streams(schema, path):
     assert "Retry-After" in responses["429"]["headers"]
 
 
+def test_embeddings_tell_every_refusal_and_do_not_stream(schema):
+    responses = schema["paths"]["/v1/embeddings"]["post"]["responses"]
+    assert set(responses) == {"200", *REFUSALS} - {"401"}
+    assert set(responses["200"]["content"]) == {"application/json"}
+
+
 def test_every_status_of_an_error_is_a_refusal_that_is_told():
     assert {str(answer.status) for answer in ANSWERS.values()} <= set(REFUSALS)
     full = Admission(1)
@@ -65,6 +71,11 @@ def test_limits_are_those_of_the_server(server):
     assert fields["top_logprobs"]["anyOf"][0]["maximum"] == 5
     assert fields["temperature"]["anyOf"][0]["minimum"] == 0
     assert "minimum" not in fields["logprobs"]["anyOf"][0]  # here it is a yes or no
+    fields = shown["components"]["schemas"]["ResponseRequest"]["properties"]
+    assert fields["max_output_tokens"]["anyOf"][0]["minimum"] == 1
+    assert fields["top_logprobs"]["anyOf"][0]["maximum"] == 5
+    answer = shown["components"]["schemas"]["ResponseObject"]["properties"]
+    assert "minimum" not in answer["temperature"]
 
 
 def test_keys_are_asked_for_where_there_are_some(schema, server):

@@ -13,6 +13,8 @@ from running_server import RunningServer, demo_engine, eventually
 
 from autodeploy.server.protocol.chat import ChatRequest
 from autodeploy.server.protocol.completions import CompletionRequest
+from autodeploy.server.protocol.embeddings import EmbeddingRequest
+from autodeploy.server.protocol.responses import ResponseRequest
 from autodeploy.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -22,9 +24,11 @@ ENDPOINTS = {
         ChatRequest, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
     ),
     "/v1/completions": (CompletionRequest, {"prompt": "a", "max_tokens": 3}),
+    "/v1/responses": (ResponseRequest, {"input": "a", "max_output_tokens": 3}),
     "/tokenize": (TokenizeRequest, {"prompt": "a"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5, 6]}),
 }  # fmt: skip
+EMBEDDINGS = {"/v1/embeddings": (EmbeddingRequest, {"input": "a"})}
 # What fields are made of: right values of some, and edges of all.
 WORDS = [
     "", "a", "demo", "required", "auto", "none", "text", "json_object", "json_schema", "function",
@@ -38,7 +42,13 @@ NUMBERS = [
 GOOD = [
     [TOOL], SCHEMA, {"type": "json_object"}, {"type": "text"}, {"5": 1.5}, {"include_usage": True},
     {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
-    {"type": "function", "function": {"name": "f"}},
+    {"type": "function", "function": {"name": "f"}}, {"type": "function", "name": "f"},
+    {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}, {"effort": "low"},
+    {"choice": ["cat", "dog"]}, {"regex": "[ab]+"}, ["message.output_text.logprobs"],
+    [{"type": "function", "name": "f", "parameters": SCHEMA}],
+    [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+     {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+     {"type": "function_call_output", "call_id": "c", "output": "b"}],
     [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
     [{"role": "assistant", "content": None, "tool_calls": [
         {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
@@ -79,16 +89,23 @@ def check(running, path, body):
         assert error["type"] == "invalid_request_error"
         assert error["message"]
     elif response.headers["content-type"].startswith("text/event-stream"):
-        lines = [line for line in response.text.split("\n\n") if line]
-        assert lines[-1] == "data: [DONE]"
-        for line in lines[:-1]:
-            assert "error" not in json.loads(line.removeprefix("data: ")), line
+        check_events([each for each in response.text.split("\n\n") if each])
     else:
-        assert "error" not in response.json()
+        assert not response.json().get("error")
+
+
+def check_events(events):
+    data = [event.splitlines()[-1].removeprefix("data: ") for event in events]
+    if events[0].startswith("event: "):
+        last = json.loads(data[-1])
+        assert last["type"] in ("response.completed", "response.incomplete"), last
+    else:
+        assert data.pop() == "[DONE]"
+        assert not any("error" in json.loads(each) for each in data), events
 
 
 def change_fields(running, path, examples, *, deterministic):
-    model, good = ENDPOINTS[path]
+    model, good = {**ENDPOINTS, **EMBEDDINGS}[path]
     changes = st.dictionaries(st.sampled_from(sorted(model.model_fields)), VALUE, max_size=3)
 
     @settings(
@@ -110,6 +127,14 @@ def change_fields(running, path, examples, *, deterministic):
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_a_request_with_fields_changed_is_served_or_refused(small, path):
     change_fields(small, path, 120, deterministic=True)
+
+
+def test_a_request_for_embeddings_with_fields_changed_is_served_or_refused():
+    running = RunningServer(demo_engine(max_model_len=64, task="embed"), max_prompts=4)
+    try:
+        change_fields(running, "/v1/embeddings", 120, deterministic=True)
+    finally:
+        running.close()
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_items_in_front_are_left_out_where_that_is_allowed(server):
         ({"input": "a", "text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}}, "text.format"),
         ({"input": "a", "text": {"format": {"type": "json_schema", "schema": {"type": 3}}}},
-         "structured_outputs"),
+         "text.format"),
         ({"input": "a", "top_logprobs": 21}, "top_logprobs"),
         ({"input": "a", "previous_response_id": "resp_x"}, "previous_response_id"),
         ({**DEMANDED, "text": {"format": {"type": "json_object"}}}, "text.format"),

@@ -20,19 +20,32 @@ SECONDS = 60
 EXAMPLES = 15
 
 
+def small_server(**options):
+    """A server whose longest answer takes a moment."""
+    return RunningServer(
+        demo_engine(max_model_len=64, **options), api_key=["key"], max_n=3, max_prompts=4,
+        max_logprobs=5, response_store=4,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def small():
-    """A server whose longest answer takes a moment."""
-    running = RunningServer(
-        demo_engine(max_model_len=64), api_key=["key"], max_n=3, max_prompts=4, max_logprobs=5
-    )
+    running = small_server()
     yield running
     running.close()
 
 
 @pytest.fixture(scope="module")
-def schema(small):
-    return schemathesis.openapi.from_url(f"{small.url}/openapi.json", headers=KEY)
+def embedder():
+    running = small_server(task="embed")
+    yield running
+    running.close()
+
+
+def operations_of(running):
+    url = f"{running.url}/openapi.json"
+    found = schemathesis.openapi.from_url(url, headers=KEY).get_all_operations()
+    return {each.ok().label: each.ok() for each in found}
 
 
 def check(operation, mode, examples):
@@ -50,24 +63,42 @@ def check(operation, mode, examples):
     ask()
 
 
-def test_no_request_that_the_schema_can_think_of_breaks_the_server(small, schema):
-    asked = set()
-    for found in schema.get_all_operations():
-        operation = found.ok()
-        asked.add(operation.label)
-        for mode in GenerationMode:
-            if mode is GenerationMode.POSITIVE or operation.body or operation.path_parameters:
-                check(operation, mode, EXAMPLES)
-    eventually(lambda: small.host.llm.open_requests == 0)
-    eventually(lambda: small.pages_used() == 0)
-    assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /health"} <= asked
+def is_idle(running):
+    return running.host.llm.open_requests == 0 and running.pages_used() == 0
+
+
+def check_in_all_modes(operation):
+    for mode in GenerationMode:
+        if mode is GenerationMode.POSITIVE or operation.body or operation.path_parameters:
+            check(operation, mode, EXAMPLES)
+
+
+def test_no_request_that_the_schema_can_think_of_breaks_the_server(small):
+    operations = operations_of(small)
+    for operation in operations.values():
+        check_in_all_modes(operation)
+    eventually(lambda: is_idle(small))
+    assert operations.keys() >= {
+        "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses",
+        "GET /v1/responses/{name}", "DELETE /v1/responses/{name}", "POST /v1/embeddings",
+        "GET /health",
+    }  # fmt: skip
+
+
+def test_no_request_breaks_a_server_of_embeddings(embedder):
+    operations = operations_of(embedder)
+    for path in ("/v1/embeddings", "/v1/completions", "/v1/responses"):
+        check_in_all_modes(operations[f"POST {path}"])
+    eventually(lambda: is_idle(embedder))
 
 
 @pytest.mark.slow
-def test_schemathesis_own_run_finds_nothing(small):
+@pytest.mark.parametrize("kind", ["small", "embedder"])
+def test_schemathesis_own_run_finds_nothing(kind, request):
+    running = request.getfixturevalue(kind)
     done = subprocess.run(
         [
-            sys.executable, "-m", "schemathesis.cli", "run", f"{small.url}/openapi.json",
+            sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json",
             "--header", "Authorization: Bearer key", "--phases", "coverage,fuzzing",
             "--max-examples", "200", "--request-timeout", str(SECONDS),
             "--exclude-checks", ",".join(LEFT_OUT),
@@ -75,4 +106,4 @@ def test_schemathesis_own_run_finds_nothing(small):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    eventually(lambda: small.host.llm.open_requests == 0)
+    eventually(lambda: is_idle(running))

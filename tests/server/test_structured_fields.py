@@ -49,19 +49,21 @@ def test_a_schema_may_be_text(server):
     ("fields", "param", "word"),
     [
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
-        ({"guided_regex": "("}, "structured_outputs", "regex"),
-        ({"guided_grammar": "root ::= missing"}, "structured_outputs", "grammar"),
+        ({"guided_regex": "("}, "guided_regex", "guided_regex cannot be compiled"),
+        ({"guided_grammar": "root ::= missing"}, "guided_grammar", "neither Lark nor GBNF"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs", "one of"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp", "'regex'"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "choice"),
         ({"structured_outputs": {"regex": "a" * 20000}}, "structured_outputs", "at most 16384"),
         ({"guided_json": "{"}, "guided_json", "no JSON"),
-        ({"guided_json": {"type": 3}}, "structured_outputs", ""),
+        ({"guided_json": {"type": 3}}, "guided_json", "guided_json cannot be compiled"),
         ({"guided_choice": [""]}, "guided_choice", "not empty"),
         ({"guided_choice": "cat"}, "guided_choice", "list"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "one of them"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "one"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+         "response_format", "response_format cannot be compiled"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},
          "response_format.json_schema", "object"),
     ],
@@ -72,6 +74,20 @@ def test_a_form_that_cannot_be_had_is_a_400_with_the_reason(server, path, fields
     error = answer.json()["error"]
     assert error["param"] == param
     assert word in error["message"]
+
+
+@pytest.mark.parametrize("prompts", ["a", ["a", "b"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_and_streams_blame_the_same_field(server, prompts, stream):
+    answer = server.post("/v1/completions", prompt=prompts, guided_regex="(", stream=stream)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "guided_regex")
+
+
+def test_the_schema_of_a_call_that_is_demanded_is_the_tools_fault(server):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    answer = server.post("/v1/chat/completions", **CHAT, tools=[tool], tool_choice="required")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
 
 def test_a_call_and_a_form_are_not_demanded_together(server):
