@@ -40,7 +40,7 @@ def piece_decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[i
     """What decodes a few tokens of `tokenizer`, as `decode` without cleaning up spaces.
 
     transformers' own `decode` first finds out what it was given, which takes as long as decoding;
-    a tokenizer whose class changes neither of its two methods is asked directly (8 -> 5 us).
+    a tokenizer whose class changes neither of its two methods is asked directly.
     """
     from transformers import PreTrainedTokenizerFast
 

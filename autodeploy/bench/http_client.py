@@ -2,7 +2,7 @@
 
 On a machine with few cores a client that parses every event takes more of them than the server it
 measures. This one counts a string of bytes in what arrives and keeps the end of it, where the
-usage is (10 µs a read; OpenAI's client takes some 200 µs an event).
+usage is (11 to 18 µs of CPU a token, on two slow cores).
 """
 
 from __future__ import annotations
