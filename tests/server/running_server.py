@@ -27,13 +27,13 @@ def demo_engine(**options):
 
 
 class RunningServer:
-    """Serves until `close`."""
+    """Serves until `close`. engines: of its replicas; otherwise there are `replicas` of the demo
+    model."""
 
-    def __init__(self, engine=None, build=None, replicas=1, **options):
+    def __init__(self, *engines, build=None, replicas=1, **options):
         config = ServerConfig(port=0, **{"served_model_name": ["demo"], **options})
-        self.host = EngineHost(
-            [Replica(engine or demo_engine(), build) for _ in range(replicas)]
-        )  # fmt: skip
+        engines = engines or [demo_engine() for _ in range(replicas)]
+        self.host = EngineHost([Replica(engine, build) for engine in engines])
         self.app = build_app(config, self.host, DEMO)
         self.service = self.app.state.service
         listener = bound_socket(config)

@@ -131,6 +131,25 @@ def test_embeddings_are_counted(embedder):
     assert metric(embedder, 'finished_reason="stop"') == finished + len(TEXTS)
 
 
-def metric(server, name):
+def test_prompts_of_a_request_are_divided_between_replicas(model, tokenizer, embedder):
+    engines = [AsyncLLM(model, tokenizer=tokenizer, task="embed", max_num_seqs=4) for _ in range(2)]
+    running = RunningServer(*engines)
+    try:
+        texts = [f"{number} apples" for number in range(8)]
+        answers = [one.post(PATH, input=texts).json() for one in (running, embedder)]
+        vectors = [[each["embedding"] for each in answer["data"]] for answer in answers]
+        np.testing.assert_allclose(*vectors, atol=1e-4)
+        for engine in "01":
+            assert metric(running, "vllm:request_success_total", f'engine="{engine}"') == 4
+            assert metric(running, "vllm:prompt_tokens_total", f'engine="{engine}"') > 0
+        used = answers[0]["usage"]["prompt_tokens"]
+        assert metric(running, "vllm:prompt_tokens_total") == used
+    finally:
+        running.close()
+
+
+def metric(server, *words):
+    """The sum of the samples whose lines have all the words."""
     lines = server.client.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if name in line and line[0] != "#")
+    told = [line for line in lines if line[0] != "#" and all(word in line for word in words)]
+    return sum(float(line.split()[-1]) for line in told)

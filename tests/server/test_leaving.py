@@ -10,6 +10,11 @@ from running_server import RunningServer, demo_engine, eventually
 from autodeploy.errors import ConfigError
 
 TEXT = "/v1/completions"
+EVERYWHERE = {
+    TEXT: {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"input": "a"},
+}
 LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
 
 
@@ -95,8 +100,9 @@ def test_a_stopping_server_refuses_new_requests_and_finishes_open_ones(own):
         running.stop()
         eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
         assert httpx.get(running.url + "/health").status_code == 200
-        refused = httpx.post(running.url + TEXT, json={"prompt": "a"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        for path, body in EVERYWHERE.items():
+            refused = httpx.post(running.url + path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         rest = [line for line in lines if line]
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     running.join()
@@ -111,6 +117,22 @@ def test_a_stopping_server_finishes_what_is_open_on_every_replica(own):
     for thread, answers in threads:
         thread.join()
         assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "end"), [(300, 20, "incomplete"), (900, 0.2, "failed")]
+)
+def test_a_response_goes_on_in_a_stopping_server_until_the_deadline(own, tokens, seconds, end):
+    running = own(shutdown_timeout=seconds)
+    body = {"input": "a", "max_output_tokens": tokens, "ignore_eos": True, "stream": True}
+    with running.client.stream("POST", "/v1/responses", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.stop()
+        last = [line for line in lines if line.startswith("data: ")][-1]
+    assert json.loads(last.removeprefix("data: "))["type"] == f"response.{end}"
     running.join()
     assert running.server.status == 0
 

@@ -15,7 +15,7 @@ TOKENS = 24
 
 @pytest.fixture
 def loaded():
-    running = RunningServer(engine=demo_engine(max_num_seqs=64))
+    running = RunningServer(demo_engine(max_num_seqs=64))
     yield running
     running.close()
 

@@ -62,6 +62,19 @@ def test_prompts_that_start_alike_go_to_one_replica(served):
     assert hits[1] > 800
 
 
+def test_a_response_that_goes_on_goes_to_the_replica_that_has_the_conversation(served):
+    def respond(**fields):
+        body = {"max_output_tokens": 2, "ignore_eos": True, **fields}
+        return served.client.post("/v1/responses", json=body).json()
+
+    before = finished(served)
+    answer = respond(input="class Conversation:\n" * 16)
+    for number in range(4):
+        answer = respond(input=f"And {number}?", previous_response_id=answer["id"])
+        assert answer["usage"]["input_tokens_details"]["cached_tokens"] >= 64
+    assert grown(before, finished(served)) == [0, 5]
+
+
 def test_tenants_do_not_share_a_replicas_cache(served):
     prompt = "class Tenant:\n" * 20
     first = complete(served, prompt, cache_salt="a")
