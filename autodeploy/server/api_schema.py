@@ -36,8 +36,8 @@ _ERROR: Schema = {
         }
     },
 }
-_EVENTS = "with stream=true: server-sent events, of a piece or an error each, and [DONE]"
-_TYPED_EVENTS = "with stream=true: server-sent events with types, the last with the response"
+_EVENTS = "with stream=true: a piece or an error each, and [DONE]"
+_TYPED_EVENTS = "with stream=true: named by their types, the last one with the whole response"
 REFUSALS = {
     "400": "The request is wrong.",
     "401": "No API key, or a wrong one.",
@@ -112,8 +112,7 @@ def _completed(schema: Schema, config: ServerConfig) -> Schema:
             _add_limits(body, config)
             if "stream" in body:
                 told = _TYPED_EVENTS if path == RESPONSES else _EVENTS
-                content = operation["responses"]["200"]["content"]
-                content["text/event-stream"] = {"schema": {"type": "string", "description": told}}
+                operation["responses"]["200"]["content"]["text/event-stream"] = _stream_of(told)
     return schema
 
 
@@ -143,6 +142,18 @@ def _add_refusals(operation: Schema, statuses: list[str]) -> None:
         if status == "429":
             answer["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
         responses.setdefault(status, answer)
+
+
+def _stream_of(told: str) -> Schema:
+    """Server-sent events, of which each is of `itemSchema` (OpenAPI 3.2, and FastAPI's own)."""
+    return {
+        "itemSchema": {
+            "type": "object",
+            "description": told,
+            "required": ["data"],
+            "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        }
+    }
 
 
 def _body(operation: Schema, schemas: Schema) -> Schema:

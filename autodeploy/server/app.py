@@ -127,8 +127,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _methods_of(request) or headers.get("Allow", "")
         return error_response(
-            ApiError(error.status_code, _sentence(request, error), headers=error.headers)
+            ApiError(error.status_code, _sentence(request, error), headers=headers)
         )
 
     app.add_exception_handler(ApiError, on_error)
@@ -136,6 +139,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
+
+
+def _methods_of(request: Request) -> str:
+    """What the path takes. Starlette tells the first route's methods only."""
+    path = getattr(request.scope.get("route"), "path", None)
+    routes = [route for endpoint in ENDPOINTS for route in endpoint.router.routes]
+    same = [route for route in routes if getattr(route, "path", None) == path]
+    return ", ".join(sorted({method for route in same for method in getattr(route, "methods", ())}))
 
 
 def _sentence(request: Request, error: HTTPException) -> str:

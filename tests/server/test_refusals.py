@@ -102,6 +102,13 @@ def test_a_body_that_is_no_request_is_a_400(server, body):
     refused(response, 400)
 
 
+def test_another_method_is_a_405_that_tells_all_that_are_taken(server):
+    for path, taken in ((TEXT, "POST"), ("/v1/responses/x", "DELETE, GET"), ("/health", "GET")):
+        response = server.client.put(path)
+        refused(response, 405)
+        assert response.headers["allow"] == taken
+
+
 @pytest.mark.parametrize("levels", [70, 400])
 @pytest.mark.parametrize("field", ["response_format", "tools"])
 def test_a_schema_nested_too_deep_is_a_400(server, field, levels):
