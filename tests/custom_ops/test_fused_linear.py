@@ -10,7 +10,6 @@ import torch
 from autodeploy.custom_ops import gpu
 from autodeploy.custom_ops.linear import add_linear, fused_linear, skinny_config, triton_linear
 from autodeploy.custom_ops.linear.skinny_config import (
-    Filling,
     Tiling,
     filled,
     narrow,
@@ -249,14 +248,14 @@ def test_tilings_fit_and_fill_the_device():
 
 
 def test_parts_are_equal_and_no_more_than_asked_for():
-    for filling in [Filling(64, 128, 1), Filling(32, 64, 4), Filling(128, 64, 1.5)]:
+    for block_k in (64, 128):
         for rows, width in [(6144, 4096), (4096, 14336), (28672, 4096), (2048, 3072), (96, 80)]:
             for gated, tokens in [(False, 3), (True, 3), (False, 64), (True, 64)]:
                 columns = rows // 2 if gated else rows
-                tiling = filled(filling, tokens, columns, width, gated, 132)
+                tiling = filled(block_k, tokens, columns, width, gated, 132)
                 tiles = -(-columns // tiling.block_n)
                 assert tiling.split == 1 or width % (tiling.block_k * tiling.split) == 0
-                assert tiling.split == 1 or tiles * tiling.split <= filling.programs * 132
+                assert tiling.split == 1 or tiles * tiling.split <= 132
                 rows_of_tile = tiling.block_n * (2 if gated else 1)
                 stage = 2 * tiling.block_k * (rows_of_tile + skinny_config.padded(tokens))
                 assert tiling.stages >= 2
@@ -265,8 +264,8 @@ def test_parts_are_equal_and_no_more_than_asked_for():
 
 def test_only_small_products_of_some_tokens_are_narrow():
     assert narrow(1, 128, 2048).block_m == 16
-    assert narrow(256, 128, 2048).block_m == 64
-    assert narrow(257, 128, 2048) is None
+    assert narrow(64, 128, 2048).block_m == 64
+    assert narrow(65, 128, 2048) is None
     assert narrow(8, 4096, 4096) is None
     assert narrow(8, 4, 64).split == 1
 

@@ -60,13 +60,16 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
     rows = triton_block(group, 8)
     multiprocessors = gpu.multiprocessors(device.index or 0)
     # Ranges are cut so that all programs are there at once: with 16 KiB of keys and of values and
-    # some 230 registers a thread two share a multiprocessor, of half as many keys and 168 three.
-    if heads * 8 > multiprocessors:
+    # some 230 registers a thread two share a multiprocessor, of half as many keys and 168 three. In
+    # us on an H200, 576 keys of 4 and of 8 heads of 128: 8 warps 3.9 and 4.6, 4 warps 5.2 and 5.3.
+    if heads > multiprocessors:
+        block, share, warps, registers = 16384, 4, 4, 0
+    elif heads * 8 > multiprocessors:
         block, share, warps, registers = 8192, 3, 4, 168
         if width > 128:
             share, registers = 2, 0
     elif width <= 128:
-        block, share, warps, registers = 16384, 2, 4, 0
+        block, share, warps, registers = 16384, 2, 8, 0
     else:
         # Four warps have no registers for heads as wide as these and what they are turned with.
         block, share, warps, registers = 32768, 1, 8, 0
@@ -80,15 +83,15 @@ def tiles(width: int, itemsize: int, group: int, heads: int, device: torch.devic
 def holds(q: torch.Tensor, k: torch.Tensor, sequences: int) -> bool:
     """Whether `decode_heads` takes a step of q [T, Hq, D] and k [T, Hkv, D].
 
-    Only where sequences have to be cut, and wider heads earlier than those of 128. With more of
-    them the loop of `decode_kernel`, whose keys come through shared memory, is nearer to the
-    memory's speed. In us on an H200, 64 sequences of 576 keys: 8 heads of 128 took 59 here, 44
-    there and in the launch that turns heads; 2 heads of 256 took 50 here, 18 are their bytes.
+    Up to two heads a multiprocessor, and fewer of those wider than 128. With more of them the
+    loop of `decode_kernel`, whose keys come through shared memory, is nearer to the memory's speed.
+    In us on an H200, 64 sequences of 576 keys: 4 heads of 128 take 30.5 here, 38.8 there and in the
+    launch that turns heads; 8 heads 59 and 44; 2 heads of 256 took 50 here, 18 are their bytes.
     """
     width = triton_block(q.shape[2], 16)
     rows = triton_block(q.shape[1] // k.shape[1], 8)
-    room = 128 * gpu.multiprocessors(q.device.index or 0)
-    few = sequences * k.shape[1] * max(128, width) <= room
+    room = gpu.multiprocessors(q.device.index or 0)
+    few = sequences * k.shape[1] <= (2 * room if width <= 128 else room * 128 // width)
     return len(q) == sequences and few and rows * width <= LARGEST
 
 

@@ -123,7 +123,7 @@ def decode_latents(
     form: Form,
     turn: Turn,
     tiles: LatentTiles | None = None,
-    ahead: int = 2,
+    ahead: int = 0,
 ) -> torch.Tensor:
     """Norms and turns a step's rows, writes them to their slots and attends: [T, H, N].
 

@@ -12,7 +12,7 @@ from .. import gpu
 # Up to the last number of pairs one launch sorts them, with a kernel for each number.
 _FEW = (256, 1024, 2048, 4096)
 # A program per expert has a multiprocessor to itself: pairs per warp are few.
-_PAIRS_PER_WARP = 256
+_PAIRS_PER_WARP = 512
 _CHUNK = 2048
 _TILE = 32
 

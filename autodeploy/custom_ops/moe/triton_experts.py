@@ -76,7 +76,7 @@ class Tiles:
 EXPERTS_PER_PAIR = 4
 # Numbers of a row that a program of the up product reads at once; longer rows take steps.
 WHOLE_ROW = 4096
-ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), DownTile(4096, 4)
+ROW_UP, ROW_DOWN = RowTile(4, 256, 2, 6), DownTile(4096, 8, early=False)
 TILES = (
     Tiles(8, 16, BlockTile(64, 128, 4, 3, 1, True), BlockTile(128, 128, 4, 3, 1, True)),
     Tiles(24, 32, BlockTile(64, 128, 4, 3), BlockTile(128, 128, 4, 3)),

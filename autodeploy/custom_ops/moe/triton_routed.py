@@ -1,8 +1,8 @@
-"""routed in Triton: one launch for a single token, norm, product and choice apart for more.
+"""routed in Triton: two launches for a single token, norm, product and choice apart for more.
 
-On one H200, norm, product and choice for 128 experts of 2048: 3.6 us for one token when choosing
-was a launch of its own. For more, a kernel with norm and product in it took 12.9 us with 8 tokens;
-apart, and the product in cuBLAS, they take 10, of which the product is 6.
+On one H200, norm, product and choice for 128 experts of 2048: 3.6 us for one token; 1 us more if
+the last program of the product chooses, instead of a launch. For 8 and 64 tokens 5.3 and 6.3, where
+a norm and cuBLAS take 7.3 and 7.4; a kernel with the norm in it took 12.9 for 8.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from .triton_route import MAX_CHOICES, MAX_EXPERTS, route_rows
 _DTYPES = (torch.bfloat16, torch.float16)
 # Numbers of a weight that one program of `router_row_kernel` holds, and the widest row it can.
 _TILE, _WIDEST = 8192, 16384
-# Most experts of which the last program of a launch chooses: it compares all with all.
-MAX_COMPARED = 128
 
 
 def _applies(choice: Choice) -> bool:
@@ -63,13 +61,7 @@ def routed_rows(
     normed = x.new_empty((tokens if norm else 0, x.shape[1]))
     if tokens == 1:
         form = (norm_weight, norm, eps, norm_offset, cast_before_weight)
-        index = torch.empty((1, k), dtype=torch.int64, device=x.device)
-        weights = torch.empty((1, k), dtype=dtype, device=x.device)
-        chooses = weight.shape[0] <= MAX_COMPARED
-        chosen = (index, weights, k if chooses else 0, normalize)
-        logits = _single(x.contiguous(), weight, bias, wide, normed, *form, *chosen)
-        if chooses:
-            return index, weights, normed
+        logits = _single(x.contiguous(), weight, bias, wide, normed, *form)
     else:
         if norm:
             x = normed = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight)
@@ -103,15 +95,9 @@ def _product(
 def _single(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool,
     normed: torch.Tensor, norm_weight: torch.Tensor | None, norm: bool, eps: float,
-    norm_offset: float, cast_before_weight: bool, index: torch.Tensor, weights: torch.Tensor,
-    choices: int, normalize: bool,
+    norm_offset: float, cast_before_weight: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits [1, E]; if `norm`, of the row that it writes to `normed`.
-
-    choices above 0: index and weights [1, choices] are written as well.
-    """
-    # Not above: products take their gates from this package.
-    from ..linear.arrivals import arrivals_of
+    """Logits [1, E]; if `norm`, of the row that it writes to `normed`."""
     from .router_kernel import router_row_kernel
 
     experts, width = weight.shape
@@ -126,10 +112,6 @@ def _single(
         "HAS_OFFSET": norm_offset != 0.0,
         "ROUNDED": cast_before_weight,
         "HAS_BIAS": bias is not None,
-        "CHOICES": choices,
-        "NORMALIZE": normalize,
-        "BLOCK_EXPERTS": 1 << (experts - 1).bit_length(),
-        "CHUNK": min(32, 1 << (experts - 1).bit_length()),
         "PDL": pdl,
     }
     if pdl:
@@ -137,7 +119,7 @@ def _single(
     # An absent tensor is never read; any pointer stands for it.
     operands = (
         x, weight, weight if bias is None else bias, weight if norm_weight is None else norm_weight,
-        logits, normed if norm else logits, index, weights, arrivals_of(x.device),
+        logits, normed if norm else logits,
     )  # fmt: skip
     whole = 1 << (width - 1).bit_length()
     block = max(1, _TILE // whole)

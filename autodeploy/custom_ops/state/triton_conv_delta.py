@@ -58,9 +58,9 @@ def delta_layer(
     activation: str | None = None,
     qk_l2norm: bool = False,
     eps: float = 0.0,
-    num_warps: int = 0,
+    num_warps: int = 4,
     tile: int = _TILE,
-    registers: int = -1,
+    registers: int = 0,
 ) -> Tensor:
     """As `conv_delta_rule`; at most 4 taps, 32768 numbers in the state of a head."""
     heads, keys, values = delta_state.shape[1:]
@@ -87,10 +87,6 @@ def delta_layer(
     block_keys, block = power_of_two(keys), power_of_two(values)
     if norm_weight is None:
         block = min(block, max(8, tile // block_keys))
-    programs = heads * -(-values // block) * sequences
-    warps = num_warps or _warps(block_keys * block)
-    if registers < 0:
-        registers = _registers(programs, warps, gpu.multiprocessors())
     options = launch_options() | ({"maxnreg": registers} if registers else {})
     # An absent tensor is never read; any pointer stands for it.
     conv_delta_kernel[(heads * -(-values // block), sequences)](
@@ -103,23 +99,9 @@ def delta_layer(
         TAPS=weight.shape[1], HAS_BIAS=conv_bias is not None,
         ACTIVATION={"swish": "silu", None: "linear"}.get(activation, activation),
         HAS_GATES=a_log is not None, HAS_NORM=norm_weight is not None, NORMALIZE=qk_l2norm,
-        num_warps=warps, **options,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-
-
-def _warps(numbers: int) -> int:
-    """64 numbers of the state a thread."""
-    return min(16, max(4, numbers // 2048))
-
-
-def _registers(programs: int, warps: int, multiprocessors: int) -> int:
-    """Registers of a thread such that two programs share a multiprocessor; 0: as many as it likes.
-
-    One then reads its state while the other writes. With fewer than 128 numbers would be spilled.
-    """
-    half = 65536 // (64 * warps)
-    return half if programs > multiprocessors and 128 <= half < 255 else 0
 
 
 def _gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
