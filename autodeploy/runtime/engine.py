@@ -16,8 +16,6 @@ It knows nothing of text, sockets or threads: an executor hosts it, a front feed
 from __future__ import annotations
 
 import dataclasses
-import gc
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,8 +33,6 @@ from .caches import plan_caches
 from .device_step import DeviceStep
 from .engine_config import EngineConfig, mixed_sizes_of, overlaps, within_graph
 from .grammar_queue import GrammarQueue, GrammarSource
-from .graphs import default_sizes
-from .host_step import HostStep
 from .memory import memory_for_caches
 from .messages import (
     EngineReady,
@@ -55,11 +51,10 @@ from .sampler import Sampler
 from .sampling import SampleResult, Sampling
 from .scheduler import Scheduler
 from .staging import send
+from .step import make_step
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-logger = logging.getLogger(__name__)
 
 
 class TokenSampler(Protocol):
@@ -73,14 +68,6 @@ class TokenSampler(Protocol):
     def prompt_logprobs(
         self, logits: Tensor, next_token_ids: Sequence[int], k: int
     ) -> list[list[TokenLogprob]]: ...
-
-
-class Step(Protocol):
-    """How planned steps run: `host_step.HostStep` or `device_step.DeviceStep`."""
-
-    def forward(self, plan: StepPlan) -> Tensor: ...
-    def relay(self, slots: np.ndarray, tokens: Tensor) -> None: ...
-    def best(self, rows: np.ndarray) -> Sampling | None: ...
 
 
 @dataclass
@@ -140,7 +127,7 @@ class EngineCore:
         self.cache_bytes = caches.bytes
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)
-        self._step = self._make_step(config, caches.num_slots)
+        self._step = make_step(runner, self._scheduler, config, caches.num_slots)
         self._overlaps = overlaps(contract, runner, config)
         self._flight: _Flight | None = None
         self._pooler = None if contract.hidden is None else Pooler()
@@ -284,28 +271,6 @@ class EngineCore:
                 torch.zeros(1, contract.vocab_size, dtype=contract.dtype, device=contract.device)
             )
         return sampler
-
-    def _make_step(self, config: EngineConfig, num_slots: int) -> Step:
-        contract, tables = self._runner.contract, self._scheduler.tables
-        if contract.device.type == "cpu" or self._runner.needs_requests:
-            return HostStep(self._runner, tables, num_slots)
-        sizes = config.graph_sizes
-        if sizes is None:
-            sizes = tuple(default_sizes(num_slots))
-        if contract.eager and sizes:
-            logger.warning(
-                "steps run without CUDA graphs, which is slow, because the host decides in %s",
-                ", ".join(contract.eager),
-            )
-            sizes = ()
-        scheduler = self._scheduler.config
-        mixed = mixed_sizes_of(config, scheduler, contract) if sizes else []
-        step = DeviceStep(self._runner, tables, num_slots, sizes, mixed)
-        # What is there now stays: the collector need not look at it again, a million objects of
-        # torch and of the graph among them, in the middle of a step.
-        gc.collect()
-        gc.freeze()
-        return step
 
     def _launch(self, plan: StepPlan) -> _Flight:
         """Runs the model's part of a step; on an accelerator, without waiting for it."""
