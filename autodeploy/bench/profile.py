@@ -1,7 +1,8 @@
 """A chrome trace of steady decode steps, and from it how busy host and GPU are.
 
 Host: wall time of a step less what the host waits in CUDA's synchronise calls; without a GPU, the
-whole step. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
+whole step. Part of it is the driver's, which takes the longer to launch a graph the more kernels
+are in it. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
 slows the host down: its own time without a profiler is `host_us` of the same row (`latency.py`).
 """
 
@@ -18,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 _WAITS = frozenset({"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"})
+_LAUNCH = "cudaGraphLaunch"
 
 
 class StepProfile:
@@ -71,12 +73,14 @@ def _figures(profiler: profile, times: list[float]) -> dict[str, Any]:
     window = 1e6 * (times[-1] - times[0])
     events = profiler.events() or []
     waited = sum(e.time_range.elapsed_us() for e in events if e.name in _WAITS)
+    launched = sum(e.time_range.elapsed_us() for e in events if e.name == _LAUNCH)
     on_gpu = [e.time_range for e in events if e.device_type == DeviceType.CUDA]
     busy = _union((r.start, r.end) for r in on_gpu)
     return {
         "steps": steps,
         "step_ms": window / steps / 1000,
         "host_ms": (window - waited) / steps / 1000,
+        "launch_ms": launched / steps / 1000,
         "gpu_ms": busy / steps / 1000,
         "gpu_busy": busy / window if on_gpu else None,
         "gpu_kernels": len(on_gpu) / steps,
@@ -95,6 +99,6 @@ def _text(name: str, figures: dict[str, Any]) -> str:
     busy = figures["gpu_busy"]
     return (
         f"profiled {figures['steps']} steps, {name}: {figures['step_ms']:.3f} ms a step, host "
-        f"{figures['host_ms']:.3f} ms, GPU busy "
+        f"{figures['host_ms']:.3f} ms ({figures['launch_ms']:.3f} in {_LAUNCH}), GPU busy "
         + ("-" if busy is None else f"{100 * busy:.1f} % in {figures['gpu_kernels']:.0f} kernels")
     )
