@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .config import DeployConfig
     from .deployment import deploy
     from .llm import LLM
-    from .outputs import CompletionOutput, RequestOutput
+    from .outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
     from .runtime.sampling_params import SamplingParams
     from .runtime.structured_params import StructuredOutputsParams
 
@@ -31,6 +31,7 @@ _HOMES = {
     "BeamSearchParams": "beam_search",
     "CompletionOutput": "outputs",
     "DeployConfig": "config",
+    "EmbeddingRequestOutput": "outputs",
     "LLM": "llm",
     "RequestOutput": "outputs",
     "SamplingParams": "runtime.sampling_params",
@@ -43,6 +44,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "DeployConfig",
+    "EmbeddingRequestOutput",
     "LLM",
     "RequestOutput",
     "SamplingParams",

@@ -33,9 +33,10 @@ class ActiveRequest:
         priority: int = 0,
         cache_salt: str | None = None,
         streams: bool = True,
+        pooling: str | None = None,
     ) -> None:
         """`engine_id`: the engine's name for it, if it must differ from `request_id`. `streams`:
-        somebody looks at the output before it is complete.
+        somebody looks at the output before it is complete. `pooling`: to embed, not to generate.
 
         Raises:
             SamplingParamsError: `params` need a tokenizer and there is none.
@@ -59,6 +60,7 @@ class ActiveRequest:
                 arrival_time=time.time(),
                 cache_salt=cache_salt,
                 prefilled=prompt.prefilled,
+                pooling=pooling,
             )
             for index in range(params.n)
         ]
@@ -152,6 +154,8 @@ class ActiveRequest:
             ]
         if event.metrics is not None and index == 0:
             self.output.metrics = event.metrics
+        if event.embedding is not None:
+            self.output.embedding = event.embedding
         if text.stop_reason is not None:
             completion.finish_reason, completion.stop_reason = "stop", text.stop_reason
             return event.finish_reason is None

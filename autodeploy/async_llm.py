@@ -15,41 +15,36 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from .active_request import ActiveRequest
 from .chat import chat_prompts
 from .config import DeployConfig
+from .embedding import embedded, embedding_params
 from .errors import AutodeployError, EngineDeadError, InvalidRequestError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .launch import build_executor
 from .llm import resolve_tokenizer, shut_down_on_error
-from .outputs import RequestOutput
-from .prompts import check_prompt, params_for_each, read_prompts
+from .output_stream import Item, OutputKind, OutputStream, hand_out
+from .outputs import EmbeddingRequestOutput, RequestOutput
+from .pooling import Pooling
+from .prompts import check_prompt, params_for_each, read_prompts, require_task
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
-from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
+from .runtime.messages import (
+    EngineDied,
+    EngineReady,
+    EngineStats,
+    RequestFailed,
+    TokenBatch,
+    TokenOutput,
+)
 from .runtime.sampling_params import SamplingParams
 from .structured_check import StructuredCheck
 
-OutputKind = Literal["delta", "cumulative", "final"]
 _log = logging.getLogger("autodeploy")
 _POLL_SECONDS = 10.0
-
-
-@dataclass
-class _Stream:
-    active: ActiveRequest
-    kind: OutputKind
-    queue: asyncio.Queue[RequestOutput | AutodeployError]
-    loop: asyncio.AbstractEventLoop
-
-    def put(self, item: RequestOutput | AutodeployError) -> None:
-        # A closed loop has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
 class AsyncLLM:
@@ -88,8 +83,11 @@ class AsyncLLM:
         self._structured = StructuredCheck(tokenizer, self.vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
-        self._streams: dict[str, _Stream] = {}
-        self._children: dict[str, tuple[_Stream, int]] = {}
+        self._streams: dict[str, OutputStream] = {}
+        self._children: dict[str, tuple[OutputStream, int]] = {}
+        # Of streams opened, of what came out of them, of streams ended. Each has one writer at a
+        # time (the last two: the background thread), so that a token costs no lock.
+        self._tokens_in = self._tokens_out = self._tokens_gone = 0
         self._commands: deque[Callable[[], None]] = deque()
         # Held while streams are opened or forgotten: none may slip in behind the engine's death.
         self._lock = threading.Lock()
@@ -108,6 +106,11 @@ class AsyncLLM:
         return self._executor.ready.vocab_size
 
     @property
+    def task(self) -> str:
+        """What the model was deployed for: generate, or embed."""
+        return self._executor.ready.task
+
+    @property
     def summary(self) -> dict[str, str]:
         """What was built: the rung of the ladder, the recipe, match counts, times."""
         return self._executor.ready.summary
@@ -116,6 +119,17 @@ class AsyncLLM:
     def open_requests(self) -> int:
         """Streams that have not ended."""
         return len(self._streams)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the streams that have not ended, running and waiting: what the engine holds or
+        is about to. A prompt counts once per sequence, whether it is cached or not."""
+        return self._tokens_in + self._tokens_out - self._tokens_gone
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine said of itself when it was built."""
+        return self._executor.ready
 
     @property
     def death(self) -> AutodeployError | None:
@@ -135,10 +149,13 @@ class AsyncLLM:
         output_kind: OutputKind = "delta",
         priority: int = 0,
         cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams one prompt's outputs.
 
-        output_kind: delta gives what is new, cumulative everything so far, final only the end.
+        output_kind: delta gives what is new, cumulative everything so far, final only the end. Who
+        reads more slowly than the engine writes gets several tokens at a time.
+        pooling: embeds instead (see `embed`): the only output has the vector, not normalized.
         Leaving the loop early, or cancelling the task, aborts the request.
 
         Raises:
@@ -146,18 +163,46 @@ class AsyncLLM:
             EngineError: the request failed, or (EngineDeadError) the engine is gone.
         """
         await self._structured.check_aside(sampling_params)
-        stream = self._open(prompt, sampling_params, request_id, output_kind, priority, cache_salt)
+        if pooling is not None:
+            sampling_params, output_kind = embedding_params(pooling), "final"
+        require_task("generate" if pooling is None else "embed", self.task)
+        stream = self._open(
+            prompt, sampling_params, request_id, output_kind, priority, cache_salt, pooling
+        )
         try:
             while True:
-                item = await stream.queue.get()
-                if isinstance(item, AutodeployError):
-                    raise item
-                yield item
-                if item.finished:
+                output = await stream.next()
+                yield output
+                if output.finished:
                     return
         finally:
             if not stream.active.finished:
                 self._post(lambda: self._abort_now(stream))
+
+    async def embed(
+        self,
+        prompt: Any,
+        request_id: str | None = None,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingRequestOutput:
+        """One prompt's vector; arguments as of `LLM.embed`.
+
+        Raises:
+            InvalidRequestError: the prompt cannot be served, or the model generates.
+            EngineError: the prompt failed, or (EngineDeadError) the engine is gone.
+        """
+        outputs = self.generate(
+            prompt, None, request_id, priority=priority, cache_salt=cache_salt, pooling=pooling
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                return embedded(output, normalize, dimensions)
+        raise AssertionError("a stream ended without an output")
 
     def chat(
         self,
@@ -217,7 +262,8 @@ class AsyncLLM:
         kind: OutputKind,
         priority: int,
         salt: str | None,
-    ) -> _Stream:
+        pooling: str | None = None,
+    ) -> OutputStream:
         self._require_open()
         if kind not in ("delta", "cumulative", "final"):
             raise InvalidRequestError(
@@ -237,10 +283,11 @@ class AsyncLLM:
             # The engine may still report the end of an earlier request of the same name.
             engine_id=f"{number}/{name}",
             seed=self._seeds.getrandbits(63), priority=priority, cache_salt=salt,
-            streams=kind != "final",
+            streams=kind != "final", pooling=pooling,
         )  # fmt: skip
         refuse_unknown_tokens(own, self.vocab_size)
-        stream = _Stream(active, kind, asyncio.Queue(), asyncio.get_running_loop())
+        tokens = own.n * len(read[0].token_ids)
+        stream = OutputStream(active, kind, tokens)
         with self._lock:
             self._require_open()
             if name in self._streams:
@@ -248,6 +295,7 @@ class AsyncLLM:
                     f"request id '{name}' is in use; give each request its own"
                 )
             self._streams[name] = stream
+            self._tokens_in += tokens
             self._post(lambda: self._submit_now(stream))
         return stream
 
@@ -259,7 +307,9 @@ class AsyncLLM:
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        self._executor.wake()
+        # Behind another one it needs no wake-up of its own: all that wait are done at once.
+        if len(self._commands) == 1:
+            self._executor.wake()
 
     # What follows runs in the background thread.
 
@@ -277,18 +327,18 @@ class AsyncLLM:
             self._die(EngineDeadError(f"serving failed: {type(error).__name__}: {error}"))
         self._executor.shutdown()
 
-    def _submit_now(self, stream: _Stream) -> None:
+    def _submit_now(self, stream: OutputStream) -> None:
         for index, request in enumerate(stream.active.engine_requests):
             self._children[request.request_id] = (stream, index)
             self._executor.submit(request)
 
-    def _abort_now(self, stream: _Stream) -> None:
+    def _abort_now(self, stream: OutputStream) -> None:
         if not stream.active.finished:
             self._executor.abort([r.request_id for r in stream.active.engine_requests])
 
     def _take(self, events: list[Any]) -> None:
         stopped: list[str] = []
-        touched: dict[int, _Stream] = {}
+        touched: dict[int, OutputStream] = {}
         for event in self._after_unread(events):
             if isinstance(event, EngineDied):
                 self._die(dead_error(event))
@@ -300,13 +350,15 @@ class AsyncLLM:
             if event.request_id not in self._children:
                 continue  # the end of a stream that has been given up
             stream, index = self._children[event.request_id]
+            if isinstance(event, TokenOutput):
+                stream.tokens += len(event.token_ids)
+                self._tokens_out += len(event.token_ids)
             if stream.active.update(index, event):
                 stopped.append(event.request_id)
             touched[id(stream)] = stream
         if stopped:
             self._executor.abort(stopped)
-        for stream in touched.values():
-            self._publish(stream)
+        hand_out([found for s in touched.values() if (found := self._published(s)) is not None])
 
     def _after_unread(self, events: list[Any]) -> Iterator[Any]:
         """The events, without tokens that nobody reads before their request ends: those are kept.
@@ -321,34 +373,39 @@ class AsyncLLM:
                 stream, index = self._children.get(request_id, (None, 0))
                 if stream is not None and stream.active.defers_text:
                     stream.active.add_tokens(index, (token_id,))
+                    stream.tokens += 1
+                    self._tokens_out += 1
                 elif stream is not None:
                     yield TokenOutput(request_id=request_id, token_ids=[token_id])
 
-    def _publish(self, stream: _Stream) -> None:
+    def _published(self, stream: OutputStream) -> tuple[OutputStream, Item] | None:
+        """What the reader of a stream hears now; None if that is nothing."""
         active = stream.active
         if active.output.error is not None:
             # Its other sequences have nobody to go to.
             self._executor.abort([r.request_id for r in active.engine_requests])
-            self._end_with(stream, active.output.error)
-            return
+            return self._ended_with(stream, active.output.error)
         if active.finished:
             # Before its reader knows: the name is free for the reader's next request.
             self._forget(stream)
+        output: RequestOutput | None = None
         if stream.kind == "delta":
-            delta = active.delta()
-            if delta is not None:
-                stream.put(delta)
+            output = active.delta()
         elif stream.kind == "cumulative" or active.finished:
-            stream.put(active.snapshot())
+            output = active.snapshot()
+        return None if output is None else (stream, output)
 
-    def _end_with(self, stream: _Stream, error: AutodeployError) -> None:
+    def _ended_with(
+        self, stream: OutputStream, error: AutodeployError
+    ) -> tuple[OutputStream, Item]:
         stream.active.end_all(error)
         self._forget(stream)
-        stream.put(error)
+        return stream, error
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: OutputStream) -> None:
         with self._lock:
-            self._streams.pop(stream.active.request_id, None)
+            if self._streams.pop(stream.active.request_id, None) is not None:
+                self._tokens_gone += stream.tokens
         for request in stream.active.engine_requests:
             self._children.pop(request.request_id, None)
 
@@ -357,8 +414,7 @@ class AsyncLLM:
             self._dead = error
             self._commands.clear()
             streams = list(self._streams.values())
-        for stream in streams:
-            self._end_with(stream, error)
+        hand_out([self._ended_with(stream, error) for stream in streams])
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self._death.set_result(error)
 

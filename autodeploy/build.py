@@ -9,6 +9,7 @@ weights that are loaded once. Either way the next start finds it made.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from torch import nn
 
 from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
+from .errors import UnsupportedModelError
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.grammars import Grammars, grammars_of
 from .runtime.scheduler import SchedulerConfig
-from .transforms.recipe import Recipe, load_recipe
+from .transforms.recipe import Recipe
 from .warm_start import KeptProgram
 
 _log = logging.getLogger("autodeploy")
@@ -60,9 +62,16 @@ class Phases:
 
 def build_engine(config: DeployConfig) -> EngineCore:
     """Loads, compiles and allocates: everything but the front."""
+    _take_place(config)
     phases = Phases()
-    recipe = load_recipe(config.recipe, config.overrides)
+    recipe = config.resolved_recipe()
     runner, summary = _build_runner(config, recipe, phases)
+    embeds = config.task == "embed"
+    if embeds and runner.contract.hidden is None:
+        raise UnsupportedModelError(
+            f"only a model that runs packed and cached can embed, and this one does not: "
+            f"{summary.get('cause', 'its rung is ' + summary['rung'])}"
+        )
     with phases.timed("memory"):
         engine = EngineCore(
             runner,
@@ -71,7 +80,8 @@ def build_engine(config: DeployConfig) -> EngineCore:
                 kv_cache_memory_bytes=config.kv_cache_memory_bytes,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 num_pages=config.num_pages,
-                overlap=config.async_scheduling,
+                # A prompt is one step, or a few; there is nothing to plan ahead of.
+                overlap=False if embeds else config.async_scheduling,
                 graph_sizes=_graph_sizes(config),
                 mixed_graphs=config.cudagraph_mode == "full",
             ),
@@ -90,6 +100,14 @@ def build_engine(config: DeployConfig) -> EngineCore:
     return engine
 
 
+def _take_place(config: DeployConfig) -> None:
+    """Keeps this process to its part of the machine; before CUDA is set up."""
+    if config.visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+
+
 def _grammars(config: DeployConfig, vocab_size: int) -> Grammars:
     """Of the tokenizer and the ends of sequence that the front takes from the same config."""
     from .generation_defaults import defaults_of
@@ -101,7 +119,7 @@ def _grammars(config: DeployConfig, vocab_size: int) -> Grammars:
 
 
 def _graph_sizes(config: DeployConfig) -> tuple[int, ...] | None:
-    if config.enforce_eager:
+    if config.enforce_eager or config.task == "embed":
         return ()
     return None if config.cuda_graph_sizes is None else tuple(config.cuda_graph_sizes)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .transforms.recipe import Recipe, suggest
+from .transforms.recipe import Recipe, load_recipe, suggest
 
 EXECUTORS = ("inprocess", "process")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TASKS = ("generate", "embed")
 CUDAGRAPH_MODES = ("full", "full_decode_only")
 
 
@@ -29,6 +30,8 @@ class DeployConfig:
     """A live `AutoModelForCausalLM`, a checkpoint directory, or a hub id."""
     tokenizer: Any = None
     """A tokenizer object, a path or id, or None: the checkpoint's own, if `model` names one."""
+    task: str = "generate"
+    """generate text, or embed: the model without its head gives each prompt a vector."""
     recipe: str | Path | Mapping[str, Any] | Recipe = "default"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of recipe steps by step id, applied last."""
@@ -36,6 +39,11 @@ class DeployConfig:
     """Of a checkpoint; a live model keeps the one it has."""
     device: str = "auto"
     """Where a checkpoint is loaded; a live model stays where it is. auto: cuda if there is one."""
+    visible_devices: str | None = None
+    """GPUs that the engine's process sees, as CUDA_VISIBLE_DEVICES has them, such as "1"; None: all
+    that this one sees. It needs executor='process'."""
+    cpu_threads: int | None = None
+    """Threads that compute on a CPU; None: as many as torch takes."""
     load_format: str = "auto"
     """auto: the checkpoint's weights. dummy: random ones of its config's shapes, for benchmarks;
     the directory needs no weights and no tokenizer."""
@@ -80,7 +88,7 @@ class DeployConfig:
         self._positive("max_num_seqs")
         for name in (
             "max_model_len", "max_num_batched_tokens", "block_size", "max_prefill_chunk",
-            "kv_cache_memory_bytes", "num_pages",
+            "kv_cache_memory_bytes", "num_pages", "cpu_threads",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._positive(name)
@@ -91,6 +99,17 @@ class DeployConfig:
                     f"{self.max_num_seqs}"
                 )
         self._one_of("executor", EXECUTORS)
+        self._one_of("task", TASKS)
+        if self.task == "embed" and self.verify:
+            raise ConfigError(
+                "verify compares logits, which a model with task='embed' has none of; verify it "
+                "with task='generate', whose graph is the same but for the head"
+            )
+        if self.visible_devices is not None and self.executor != "process":
+            raise ConfigError(
+                "visible_devices is for a process of the engine's own; use executor='process', or "
+                "set CUDA_VISIBLE_DEVICES"
+            )
         self._one_of("dtype", DTYPES)
         self._one_of("load_format", LOAD_FORMATS)
         self.cudagraph_mode = str(self.cudagraph_mode).lower()  # vLLM writes it in capitals
@@ -105,6 +124,19 @@ class DeployConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {fraction!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"seed must be an integer, not {self.seed!r}")
+
+    def resolved_recipe(self) -> Recipe:
+        """What happens to the model.
+
+        Raises:
+            RecipeError: the recipe is wrong.
+        """
+        recipe = load_recipe(self.recipe, self.overrides)
+        if self.task == "generate":
+            return recipe
+        from .embedding import embedding_recipe
+
+        return embedding_recipe(recipe)
 
     @classmethod
     def from_options(cls, model: Any, options: Mapping[str, Any]) -> DeployConfig:

@@ -7,7 +7,7 @@ one, and text is given out only when it can no longer change; stop strings hold 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import InvalidRequestError
@@ -36,6 +36,26 @@ def decode(tokenizer: Any, token_ids: Sequence[int], **options: bool) -> str:
     return text
 
 
+def piece_decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """What decodes a few tokens of `tokenizer`, as `decode` without cleaning up spaces.
+
+    transformers' own `decode` first finds out what it was given, which takes as long as decoding;
+    a tokenizer whose class changes neither of its two methods is asked directly.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind, plain = type(tokenizer), PreTrainedTokenizerFast
+    if getattr(kind, "decode", None) is plain.decode and kind._decode is plain._decode:
+        tokenizer = tokenizer.backend_tokenizer
+        return lambda ids: decode(tokenizer, ids, skip_special_tokens=skip_special_tokens)
+    return lambda ids: decode(
+        tokenizer,
+        ids,
+        skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 class Detokenizer:
     """Text of one sequence.
 
@@ -57,7 +77,8 @@ class Detokenizer:
         self.stop_reason: str | None = None
         """The stop string that was found."""
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        if tokenizer is not None:
+            self._decode = piece_decoder(tokenizer, skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -117,14 +138,6 @@ class Detokenizer:
                 return prompt[-size:]
             size *= 2
         return prompt[-size:]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return decode(
-            self._tokenizer,
-            token_ids,
-            skip_special_tokens=self._skip,
-            clean_up_tokenization_spaces=False,
-        )
 
     def _find_stop(self) -> bool:
         # Text that could begin a stop string is held, so it is never looked for in `text`.

@@ -11,7 +11,6 @@ from .build import build_engine
 from .config import DeployConfig
 from .errors import ConfigError
 from .runtime.executor import Executor, start_executor
-from .transforms.recipe import load_recipe
 
 
 def build_executor(config: DeployConfig) -> Executor:
@@ -26,7 +25,7 @@ def build_executor(config: DeployConfig) -> Executor:
             "model must be a live model, a checkpoint directory or a hub id, not "
             f"{type(config.model).__name__}"
         )
-    load_recipe(config.recipe, config.overrides)
+    config.resolved_recipe()
     if isinstance(config.model, nn.Module):
         from .transforms.capture.export import check_causal
 

@@ -19,13 +19,21 @@ from .chat import chat_prompts
 from .checkpoint import load_tokenizer
 from .config import DeployConfig
 from .custom_ops.cost import Cost
+from .embedding import embedded, embedding_params
 from .errors import AutodeployError, ConfigError, EngineDeadError
 from .generation_defaults import GenerationDefaults, defaults_of
 from .held_tokens import Children, HeldTokens
 from .launch import build_executor
-from .outputs import RequestOutput
+from .outputs import EmbeddingRequestOutput, RequestOutput
+from .pooling import Pooling
 from .progress import progress_bar
-from .prompts import check_prompt, params_for_each, read_prompts, refusals_name_prompt
+from .prompts import (
+    check_prompt,
+    params_for_each,
+    read_prompts,
+    refusals_name_prompt,
+    require_task,
+)
 from .runtime.executor import Executor, dead_error
 from .runtime.logits import refuse_unknown_tokens
 from .runtime.messages import EngineDied, EngineStats, RequestFailed, TokenBatch, TokenOutput
@@ -133,6 +141,7 @@ class LLM:
             EngineError: the only prompt failed. Of several, those that failed have `error` set.
         """
         self._require_open()
+        require_task("generate", self._executor.ready.task)
         active = self._prepare(prompts, sampling_params, priority, cache_salt)
         self._run(active, use_tqdm)
         failed = [a.output.error for a in active if a.output.error is not None]
@@ -141,6 +150,33 @@ class LLM:
         for error in failed:
             _log.error("%s", error)
         return [a.output for a in active]
+
+    def embed(
+        self,
+        prompts: Any,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector for every prompt, of a model deployed with task='embed'.
+
+        prompts: as of `generate`. pooling: the last token's hidden state, or the mean of all.
+        normalize: to length 1. dimensions: how many leading numbers to keep, before that.
+
+        Raises:
+            InvalidRequestError: a prompt cannot be served, or the model generates.
+            EngineError: a prompt failed, or (EngineDeadError) the engine is gone.
+        """
+        self._require_open()
+        require_task("embed", self._executor.ready.task)
+        active = self._prepare(prompts, embedding_params(pooling), None, None, pooling)
+        self._run(active, use_tqdm)
+        for each in active:
+            if each.output.error is not None:
+                raise each.output.error
+        return [embedded(each.output, normalize, dimensions) for each in active]
 
     def chat(
         self,
@@ -204,7 +240,12 @@ class LLM:
             raise EngineDeadError("this LLM was shut down; deploy the model again")
 
     def _prepare(
-        self, prompts: Any, params: Any, priority: int | Sequence[int] | None, salt: str | None
+        self,
+        prompts: Any,
+        params: Any,
+        priority: int | Sequence[int] | None,
+        salt: str | None,
+        pooling: str | None = None,
     ) -> list[ActiveRequest]:
         read = read_prompts(prompts, self.tokenizer)
         for index, prompt in enumerate(read):
@@ -217,7 +258,7 @@ class LLM:
                 request = ActiveRequest(
                     str(next(self._ids)), prompt, own, self.tokenizer, self.defaults,
                     seed=self._seeds.getrandbits(63), priority=priorities[index], cache_salt=salt,
-                    streams=False,
+                    streams=False, pooling=pooling,
                 )  # fmt: skip
                 refuse_unknown_tokens(own, self.vocab_size)
                 self._structured.check(own)

@@ -54,8 +54,29 @@ class RequestOutput:
     """Of the first sequence."""
     error: AutodeployError | None = None
     """Why the request failed; its outputs hold what came before."""
+    embedding: bytes | None = None
+    """The pooled hidden state, little-endian float32, of a prompt that was embedded."""
 
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache."""
         return self.metrics.cached_tokens if self.metrics else 0
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """One vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """What `embed` gives for one prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    finished: bool = True

@@ -122,14 +122,30 @@ def check_prompt(prompt: Prompt, index: int, vocab_size: int, max_model_len: int
     if not ids:
         raise EmptyPromptError(f"prompt {index} has no tokens; give at least one")
     if len(ids) >= max_model_len:
+        # LangChain knows such errors by "prompt is too long", LiteLLM by "this model's ... is".
         raise PromptTooLongError(
-            f"prompt {index} has {len(ids)} tokens; sequences hold {max_model_len}, prompt and "
-            f"output together, so use at most {max_model_len - 1} or raise max_model_len"
+            f"prompt is too long: prompt {index} has {len(ids)} tokens, and this model's maximum "
+            f"context length is {max_model_len}, prompt and output together; use at most "
+            f"{max_model_len - 1} or raise max_model_len"
         )
     if min(ids) < 0 or max(ids) >= vocab_size:
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise UnknownTokenError(
             f"prompt {index}: token id {bad} is outside the vocabulary; use 0 to {vocab_size - 1}"
+        )
+
+
+def require_task(asked: str, task: str) -> None:
+    """Raises InvalidRequestError if the model was deployed for something else than is asked."""
+    if asked == "embed" != task:
+        raise InvalidRequestError(
+            "this model was deployed to generate; for embeddings deploy it with task='embed' "
+            "(autodeploy serve MODEL --task embed)"
+        )
+    if asked != task:
+        raise InvalidRequestError(
+            "this model was deployed with task='embed' and has no head to generate with; deploy "
+            "it without"
         )
 
 

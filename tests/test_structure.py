@@ -17,8 +17,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 def test_the_public_names_are_these():
     assert sorted(autodeploy.__all__) == [
-        "AsyncLLM", "BeamSearchParams", "CompletionOutput", "DeployConfig", "LLM",
-        "RequestOutput", "SamplingParams", "StructuredOutputsParams", "deploy",
+        "AsyncLLM", "BeamSearchParams", "CompletionOutput", "DeployConfig",
+        "EmbeddingRequestOutput", "LLM", "RequestOutput", "SamplingParams",
+        "StructuredOutputsParams", "deploy",
     ]  # fmt: skip
     for name in autodeploy.__all__:
         assert getattr(autodeploy, name).__name__ == name

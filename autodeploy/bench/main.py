@@ -26,6 +26,8 @@ examples:
   autodeploy bench latency --dummy llama-3.2-1b --batch 1 8 64 256
   autodeploy bench all --dummy llama-3.1-8b --kinds latency prefill throughput --workload a256
   autodeploy bench startup examples/demo_model           # cold, then warm artifact cache
+  autodeploy bench serve --base-url http://127.0.0.1:8000 --rate 4 --workload a256
+  autodeploy bench http --model examples/demo_model --requests 256 --concurrency 64
 """
 
 KINDS = ("latency", "prefill", "throughput", "serve")
@@ -48,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     for kind in KINDS:
         _add_kind(kinds, kind, _HELP[kind], (kind,))
     _add_kind(kinds, "all", "several kinds of one deployment", KINDS)
+    _add_http(kinds)
     startup = kinds.add_parser("startup", help="seconds from deploy() to the first token")
     startup.add_argument("checkpoint", nargs="?", help="checkpoint directory or hub id")
     _add_shared(startup)
@@ -86,9 +89,41 @@ def _add_kind(parsers: Any, name: str, text: str, kinds: tuple[str, ...]) -> Non
             help="also run the same work under a JSON schema; needs a checkpoint with a tokenizer",
         )  # fmt: skip
     if "serve" in kinds:
-        parser.add_argument("--rate", type=_rate, default=float("inf"), metavar="R",
-                            help="requests a second; default: all at once")  # fmt: skip
+        parser.add_argument(
+            "--rate", "--request-rate", type=_rate, default=float("inf"), metavar="R",
+            help="requests a second; default: all at once",
+        )  # fmt: skip
     parser.set_defaults(run=run_kinds)
+    if kinds == ("serve",):
+        _add_remote(parser)
+        parser.set_defaults(run=run_serve)
+
+
+def _add_http(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "http", help="what HTTP costs: a server beside LLM.generate on the same work",
+        epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_shared(parser)
+    _add_workload(parser)
+    parser.add_argument("--concurrency", type=_positive, metavar="N",
+                        help="requests open at once (default: all)")  # fmt: skip
+    parser.add_argument("--repeat", type=_positive, default=3, metavar="N",
+                        help="rounds, of which the median counts (default: 3)")  # fmt: skip
+    parser.set_defaults(run=run_http)
+
+
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a server that runs already; its key: AUTODEPLOY_API_KEY")
+    group.add_argument("--base-url", metavar="URL", help="such as http://127.0.0.1:8000; "
+                       "--model is then the name to ask for")  # fmt: skip
+    group.add_argument("--concurrency", "--max-concurrency", type=_positive, metavar="N",
+                       help="requests open at once (default: as many as arrive)")  # fmt: skip
+    group.add_argument("--vocab", type=_positive, metavar="N",
+                       help="token ids to draw from (default: what the server says)")  # fmt: skip
+    group.add_argument("--no-stream", action="store_true", help="ask for whole answers")
+    group.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON",
+                       help="more fields for every request")  # fmt: skip
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -118,11 +153,13 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", choices=("ragged", "a256"), default="ragged",
                         help="a256: 256 requests of 100:1024 prompt and output tokens")  # fmt: skip
-    parser.add_argument("--requests", type=_positive, default=32, help="how many")
-    for name in ("prompt", "output"):
+    parser.add_argument(
+        "--requests", "--num-prompts", type=_positive, default=32, metavar="N", help="how many"
+    )
+    for name, other in (("prompt", "input"), ("output", "output")):
         parser.add_argument(
-            f"--{name}", type=_range, default=(32, 256), metavar="LOW:HIGH",
-            help=f"{name} tokens, uniform in the range",
+            f"--{name}", f"--random-{other}-len", type=_range, default=(32, 256),
+            metavar="LOW:HIGH", help=f"{name} tokens, uniform in the range",
         )  # fmt: skip
 
 
@@ -162,6 +199,42 @@ def run_kinds(args: argparse.Namespace) -> int:
         if rows:
             print(table(rows, roof.cause))
             _write(args.json, {**report, "results": [row.to_dict() for row in rows]})
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Measures a server that runs already, or deploys and measures in process."""
+    if args.base_url is None:
+        for name in ("concurrency", "vocab", "no_stream", "extra_body"):
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is for a server; name it with --base-url")
+        return run_kinds(args)
+    from .remote import Load, address_of, look_up, measure
+    from .report import table
+
+    _refuse(args)
+    address = address_of(args.base_url)
+    model, vocab = look_up(address, args.model, args.vocab)
+    load = Load(args.rate, args.concurrency, not args.no_stream, args.extra_body, args.seed)
+    rows = measure(address, model, _workload(args, vocab), load)
+    print(table(rows))
+    report = {"base_url": args.base_url, "model": model, "results": [r.to_dict() for r in rows]}
+    _write(args.json, report)
+    return 0
+
+
+def run_http(args: argparse.Namespace) -> int:
+    """LLM.generate and a server in turn; prints throughputs, CPU seconds and what HTTP costs."""
+    from .http_cost import measure, table
+    from .target import Target
+
+    _refuse(args)
+    report = measure(
+        Target.of(args), lambda vocab: _workload(args, vocab), args.concurrency, args.repeat
+    )
+    print(table(report))
+    _write(args.json, report)
     return 0
 
 
@@ -214,7 +287,7 @@ def _others(names: list[str], target: Target, work: Workload) -> Iterator[Row]:
 def _workload(args: argparse.Namespace, vocab: int) -> Workload:
     from .workload import Workload, a256, ragged
 
-    if not {"throughput", "serve"} & set(args.kinds):
+    if not {"throughput", "serve"} & set(getattr(args, "kinds", ("serve",))):
         return Workload((), ())
     if args.workload == "a256":
         work = a256(vocab)
@@ -286,7 +359,7 @@ def _refuse(args: argparse.Namespace) -> None:
         file = getattr(args, name, None)
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"--{name} {file}: there is no directory '{file.parent}'; make it")
-    if "latency" not in args.kinds:
+    if "latency" not in getattr(args, "kinds", ()):
         return
     if max(args.batch) > _most(args):
         raise ConfigError(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..custom_ops.cost import Cost
-from ..llm import LLM
-from ..transforms.cost import Peaks, peaks_of
+if TYPE_CHECKING:
+    from ..custom_ops.cost import Cost
+    from ..llm import LLM
+    from ..transforms.cost import Peaks
 
 _UNCOUNTED = "parts of the model run as its own code"
 
@@ -29,6 +28,11 @@ class Roof:
         """The roof over a deployed model; measures the device if its peaks are not known."""
         if llm.cost is None:
             return cls(None, None, llm.summary.get("cause", _UNCOUNTED))
+        # Here, not above: a client of a server elsewhere needs no torch.
+        import torch
+
+        from ..transforms.cost import peaks_of
+
         dtype = getattr(torch, llm.summary["dtype"])
         return cls(llm.cost, peaks_of(torch.device(llm.summary["device"]), dtype))
 

@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import __version__
 from ..bench import main as bench
@@ -18,6 +19,8 @@ from ..errors import AutodeployError
 from ..zoo import main as zoo
 from . import env, generate, recipe, serve
 
+_LOGGERS = (None, "autodeploy", "uvicorn", "uvicorn.error", "uvicorn.access")
+"""That a command may set up."""
 _EXAMPLES = """\
 examples:
   autodeploy generate examples/demo_model --prompt "def fib(n):" --max-tokens 64
@@ -54,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         AutodeployError: with --debug, instead of one line on standard error.
     """
     args = parser().parse_args(argv)
-    _set_up_logging(args.verbose or args.debug)
+    with own_logging(args.verbose or args.debug):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         status = run(args)
@@ -82,11 +89,24 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _set_up_logging(verbose: bool) -> None:
-    logger = logging.getLogger("autodeploy")
-    logger.handlers = [_handler()]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+@contextmanager
+def own_logging(verbose: bool) -> Iterator[None]:
+    """Logs for people on standard error; commands may change it (`serve` does).
+
+    Whoever called `main` from Python finds logging as it was, afterwards.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(one, one.handlers[:], one.level, one.propagate, one.disabled) for one in loggers]
+    own = logging.getLogger("autodeploy")
+    own.handlers[:] = [_handler()]
+    own.propagate = False
+    own.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        for one, handlers, level, propagate, disabled in before:
+            one.handlers[:], one.propagate, one.disabled = handlers, propagate, disabled
+            one.setLevel(level)
 
 
 def _handler() -> logging.Handler:

@@ -58,6 +58,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("deployment")
     group.add_argument("--recipe", default="default", help="name or path (default: default)")
     add_recipe_options(parser)
+    group.add_argument(
+        "--task", choices=("generate", "embed"),
+        help="embed: a vector for each prompt, by the model without its head",
+    )  # fmt: skip
     group.add_argument("--tokenizer", help="path or id; default: the checkpoint's own")
     group.add_argument(
         "--dtype",
@@ -75,6 +79,7 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         ("max-num-batched-tokens", "token budget of one step"),
         ("block-size", "tokens in a KV page"),
         ("kv-cache-memory-bytes", "memory of all caches together"),
+        ("cpu-threads", "threads that compute on a CPU"),
     ):
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
     group.add_argument(
@@ -97,6 +102,10 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None,
         help="plan a step while the one before runs (default: on a GPU)",
     )  # fmt: skip
+    group.add_argument(
+        "--visible-devices", metavar="GPUS",
+        help="GPUs that the engine's process sees, as CUDA_VISIBLE_DEVICES has them",
+    )  # fmt: skip
     group.add_argument("--executor", choices=("inprocess", "process"), help="where the engine runs")
     group.add_argument("--trust-remote-code", action="store_true", default=None,
                        help="run code that the checkpoint brings along")  # fmt: skip
@@ -106,10 +115,11 @@ def add_deploy_options(parser: argparse.ArgumentParser) -> None:
 
 
 _DEPLOY = (
-    "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
+    "task", "tokenizer", "dtype", "load_format", "device", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization",
     "enable_prefix_caching", "enforce_eager", "cuda_graph_sizes", "cudagraph_mode",
-    "async_scheduling", "executor", "trust_remote_code", "verify", "dump_graphs",
+    "async_scheduling", "executor", "visible_devices", "cpu_threads", "trust_remote_code", "verify",
+    "dump_graphs",
 )  # fmt: skip
 
 

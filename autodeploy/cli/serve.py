@@ -45,13 +45,19 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Fields of ServerConfig as flags."""
+    """Fields of ServerConfig and RayConfig as flags."""
     from ..server.config import ServerConfig
+    from ..server.ray_config import RayConfig
+
+    _add_fields(parser.add_argument_group("server"), ServerConfig)
+    _add_fields(parser.add_argument_group("Ray Serve"), RayConfig)
+
+
+def _add_fields(group: argparse._ArgumentGroup, owner: type) -> None:
     from ..server.field_texts import field_texts
 
-    texts = field_texts(ServerConfig)
-    group = parser.add_argument_group("server")
-    for field in dataclasses.fields(ServerConfig):
+    texts = field_texts(owner)
+    for field in dataclasses.fields(owner):
         kind = str(field.type).removesuffix(" | None")
         text = texts[field.name].replace("%", "%%")
         if field.default is not dataclasses.MISSING and field.default not in (None, "", False):
@@ -61,7 +67,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = {"int": int, "float": float}.get(kind, str)
-            options["metavar"] = {"int": "N", "float": "SECONDS"}.get(kind, "TEXT")
+            options["metavar"] = {"int": "N", "float": "NUMBER"}.get(kind, "TEXT")
         if kind == "list[str]":
             options["nargs"] = "+"
             options["action"] = "extend"
@@ -75,21 +81,19 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(settings_module.schema(), indent=2))
         return 0
     settings = read_settings(args)
-    from ..async_llm import AsyncLLM
-    from ..server.app import build_app
-    from ..server.engine_host import EngineHost
     from ..server.logs import set_up_logging
-    from ..server.serving import bound_socket, serve
 
     set_up_logging(settings.server.log_format, logging.DEBUG if args.verbose else logging.INFO)
+    if settings.ray.ray:
+        from ..server.ray_serving import serve_on_ray
 
-    def build() -> AsyncLLM:
-        return AsyncLLM(settings.model, **settings.deploy)
+        return serve_on_ray(settings)
+    from ..server.app import build_app
+    from ..server.serving import bound_socket, serve
+    from ..server.start import start_engines
 
     with bound_socket(settings.server) as listener:
-        restarts = settings.server.on_engine_death == "restart"
-        host = EngineHost(build(), build if restarts else None)
-        app = build_app(settings.server, host, settings.model)
+        app = build_app(settings.server, start_engines(settings), settings.model)
         return serve(app, settings.server, listener)
 
 
@@ -99,14 +103,13 @@ def read_settings(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: a value is wrong, or there is no model.
     """
-    from ..server.config import ServerConfig
-    from ..server.settings import read_file, settle
+    from ..server.settings import SERVER_CONFIGS, read_file, settle
 
     environment: dict[str, Any] = {}
     if os.environ.get(KEY_VARIABLE):
         environment["api_key"] = [k.strip() for k in os.environ[KEY_VARIABLE].split(",")]
     file = {} if args.config is None else read_file(args.config)
-    names = [field.name for field in dataclasses.fields(ServerConfig)]
+    names = [field.name for owner in SERVER_CONFIGS for field in dataclasses.fields(owner)]
     flags = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.model is not None:
         flags["model"] = args.model

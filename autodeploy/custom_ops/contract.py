@@ -128,6 +128,13 @@ class Contract:
     """What a step must read and compute; None: unknown."""
     calls: int = 0
     """Calls of the graph that launch something, a kernel or a few each; 0: unknown."""
+    hidden: int | None = None
+    """Width of the hidden states that it returns instead of logits; None: it returns logits."""
+
+    @property
+    def width(self) -> int:
+        """Of the rows that it returns."""
+        return self.vocab_size if self.hidden is None else self.hidden
 
     @property
     def token_groups(self) -> tuple[CacheGroup, ...]:

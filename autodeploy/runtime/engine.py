@@ -16,8 +16,6 @@ It knows nothing of text, sockets or threads: an executor hosts it, a front feed
 from __future__ import annotations
 
 import dataclasses
-import gc
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,24 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.errors import (
-    AutodeployError,
-    EmptyPromptError,
-    EngineError,
-    InvalidRequestError,
-    PromptTooLongError,
-    UnknownTokenError,
-)
+from autodeploy.errors import AutodeployError, EngineError, InvalidRequestError
 
 from .batch import StepPlan
 from .caches import plan_caches
 from .device_step import DeviceStep
 from .engine_config import EngineConfig, mixed_sizes_of, overlaps, within_graph
 from .grammar_queue import GrammarQueue, GrammarSource
-from .graphs import default_sizes
-from .host_step import HostStep
 from .memory import memory_for_caches
 from .messages import (
+    EngineReady,
     EngineRequest,
     EngineStats,
     RequestFailed,
@@ -53,17 +43,18 @@ from .messages import (
     TokenLogprob,
     TokenOutput,
 )
+from .pooler import Pooler
 from .request import RequestState
+from .request_check import check_request
 from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
 from .scheduler import Scheduler
 from .staging import send
+from .step import make_step
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-logger = logging.getLogger(__name__)
 
 
 class TokenSampler(Protocol):
@@ -77,14 +68,6 @@ class TokenSampler(Protocol):
     def prompt_logprobs(
         self, logits: Tensor, next_token_ids: Sequence[int], k: int
     ) -> list[list[TokenLogprob]]: ...
-
-
-class Step(Protocol):
-    """How planned steps run: `host_step.HostStep` or `device_step.DeviceStep`."""
-
-    def forward(self, plan: StepPlan) -> Tensor: ...
-    def relay(self, slots: np.ndarray, tokens: Tensor) -> None: ...
-    def best(self, rows: np.ndarray) -> Sampling | None: ...
 
 
 @dataclass
@@ -144,10 +127,11 @@ class EngineCore:
         self.cache_bytes = caches.bytes
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)
-        self._step = self._make_step(config, caches.num_slots)
+        self._step = make_step(runner, self._scheduler, config, caches.num_slots)
         self._overlaps = overlaps(contract, runner, config)
         self._flight: _Flight | None = None
-        self._sampler = sampler or self._make_sampler(caches.num_slots)
+        self._pooler = None if contract.hidden is None else Pooler()
+        self._sampler = self._pooler or sampler or self._make_sampler(caches.num_slots)
         self._compiling = GrammarQueue(grammars)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
@@ -158,9 +142,25 @@ class EngineCore:
         self._stats = EngineStats(pages_total=self._scheduler.tables.total)
 
     @property
+    def task(self) -> str:
+        """generate, or embed."""
+        return "generate" if self._pooler is None else "embed"
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has something to compute or to report."""
         return bool(self._requests or self._outputs or self._flight or self._compiling)
+
+    def ready(self) -> EngineReady:
+        """What a front must know of this engine."""
+        config, pools = self._scheduler.config, self._scheduler.tables.pools.values()
+        blocks = max((pool.num_pages - 1 for pool in pools), default=0)
+        return EngineReady(
+            vocab_size=self.vocab_size, max_model_len=self.max_model_len, summary=self.summary,
+            cost=self.cost, task=self.task, step_tokens=config.max_num_batched_tokens,
+            block_size=config.page_size,
+            prefix_blocks=blocks if self._scheduler.reuses_prefixes else 0,
+        )  # fmt: skip
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request.
@@ -171,7 +171,8 @@ class EngineCore:
             InvalidRequestError: it cannot be served as written (the subclass says why); nothing
                 has changed.
         """
-        self._check(request)
+        running = request.request_id in self._requests or request.request_id in self._compiling
+        check_request(request, running, self.task, self.vocab_size, self.max_model_len)
         matcher = None
         if request.params.structured_outputs is not None:
             matcher = self._compiling.matcher(request)
@@ -261,26 +262,6 @@ class EngineCore:
                     )
                 )
 
-    def _check(self, request: EngineRequest) -> None:
-        tokens = request.prompt_token_ids
-        where = f"request '{request.request_id}'"
-        if request.request_id in self._requests or request.request_id in self._compiling:
-            raise InvalidRequestError(f"{where} is already running; give every request its own id")
-        if not tokens:
-            raise EmptyPromptError(f"{where}: the prompt has no tokens; give at least one")
-        if len(tokens) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"{where}: the prompt has {len(tokens)} tokens and sequences end at "
-                f"{self.max_model_len}, prompt and output together; use at most "
-                f"{self.max_model_len - 1}"
-            )
-        unknown = [t for t in (min(tokens), max(tokens)) if not 0 <= t < self.vocab_size]
-        if unknown:
-            raise UnknownTokenError(
-                f"{where}: token id {unknown[0]} at position {tokens.index(unknown[0])} of the "
-                f"prompt is outside the vocabulary; use 0 to {self.vocab_size - 1}"
-            )
-
     def _make_sampler(self, num_slots: int) -> Sampler:
         contract = self._runner.contract
         sampler = Sampler(contract.vocab_size, num_slots)
@@ -291,32 +272,10 @@ class EngineCore:
             )
         return sampler
 
-    def _make_step(self, config: EngineConfig, num_slots: int) -> Step:
-        contract, tables = self._runner.contract, self._scheduler.tables
-        if contract.device.type == "cpu" or self._runner.needs_requests:
-            return HostStep(self._runner, tables, num_slots)
-        sizes = config.graph_sizes
-        if sizes is None:
-            sizes = tuple(default_sizes(num_slots))
-        if contract.eager and sizes:
-            logger.warning(
-                "steps run without CUDA graphs, which is slow, because the host decides in %s",
-                ", ".join(contract.eager),
-            )
-            sizes = ()
-        scheduler = self._scheduler.config
-        mixed = mixed_sizes_of(config, scheduler, contract) if sizes else []
-        step = DeviceStep(self._runner, tables, num_slots, sizes, mixed)
-        # What is there now stays: the collector need not look at it again, a million objects of
-        # torch and of the graph among them, in the middle of a step.
-        gc.collect()
-        gc.freeze()
-        return step
-
     def _launch(self, plan: StepPlan) -> _Flight:
         """Runs the model's part of a step; on an accelerator, without waiting for it."""
         logits = self._step.forward(plan)
-        expected = (len(plan.logit_index), self.vocab_size)
+        expected = (len(plan.logit_index), self._runner.contract.width)
         if tuple(logits.shape) != expected:
             raise EngineError(
                 f"the model returned logits {list(logits.shape)} where {list(expected)} were "
@@ -324,16 +283,21 @@ class EngineCore:
             )
         self._scheduler.advance(plan)
         if plan.prompt_rows:
-            self._collect_prompt_logprobs(plan, logits)
+            self._collect_prompt_rows(plan, logits)
         states, slots = plan.requests, plan.slots
         if not plan.samples.all():
             states = [states[at] for at in np.flatnonzero(plan.samples)]
             slots = slots[plan.samples]
         return _Flight(plan, states, slots, logits)
 
-    def _collect_prompt_logprobs(self, plan: StepPlan, logits: Tensor) -> None:
+    def _collect_prompt_rows(self, plan: StepPlan, logits: Tensor) -> None:
         for rows in plan.prompt_rows:
             state = plan.requests[rows.at]
+            if self._pooler is not None:
+                assert state.prompt_logprobs is not None
+                state.prompt_logprobs += [None] * rows.count
+                self._pooler.take_in(state.row, logits[plan.logits_at(rows)])
+                continue
             following = state.tokens[rows.position + 1 : rows.position + 1 + rows.count].tolist()
             count = state.request.params.prompt_logprobs
             assert state.prompt_logprobs is not None
@@ -403,6 +367,9 @@ class EngineCore:
         now = time.time()
         rows, sampled = [], []
         request_ids, token_ids = self._batch.request_ids, self._batch.token_ids
+        if result.vectors is not None:
+            self._hand_out_vectors(states, result)
+            return
         for state, token_id, logprobs in zip(
             states, result.token_ids.tolist(), result.logprobs, strict=True
         ):
@@ -428,6 +395,27 @@ class EngineCore:
         # Before the rows of those that ended are given to others: this step still uses them.
         self._sampler.extend(np.array(rows, dtype=np.int64), np.array(sampled, dtype=np.int64))
         self._stats.generated_tokens += len(rows)
+
+    def _hand_out_vectors(self, states: list[RequestState], result: SampleResult) -> None:
+        """Gives each request its vector, which ends it."""
+        now = time.time()
+        for state, token_id, vector in zip(
+            states, result.token_ids.tolist(), result.vectors or [], strict=True
+        ):
+            if state.finished:
+                continue
+            if token_id < 0:
+                self._fail(state, result.reasons[state.row])
+                continue
+            state.metrics.first_token_time = now
+            self._stats.finished += 1
+            self._end(state)
+            self._outputs.append(
+                TokenOutput(
+                    request_id=state.request_id, token_ids=[], finish_reason="stop",
+                    metrics=state.metrics, embedding=vector,
+                )
+            )  # fmt: skip
 
     def _report(
         self, state: RequestState, token_id: int, logprobs: list[TokenLogprob] | None, now: float

@@ -214,7 +214,12 @@ def _grammar(params: StructuredOutputsParams) -> str:
     if params.kind in ("json", "json_object"):
         schema = params.text if params.kind == "json" else '{"type": "object"}'
         spaces = {"whitespace_flexible": not params.disable_any_whitespace}
-        return LLMatcher.grammar_from_json_schema(schema, overrides=spaces)  # type: ignore[arg-type]
+        try:
+            return LLMatcher.grammar_from_json_schema(schema, overrides=spaces)  # type: ignore[arg-type]
+        except ValueError as error:  # its reader of JSON goes down 128 levels
+            raise SamplingParamsError(
+                f"structured_outputs.{params.kind} cannot be compiled: {short_reason(str(error))}"
+            ) from error
     if params.kind == "regex":
         # Digits are those that every dialect calls so; which others there are depends on the
         # version of Unicode.

@@ -40,6 +40,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     prefilled: int | None = None
     """Leading tokens that were the prompt, if the others have been generated since; None: all.
     It matters to models whose keys depend on the prompt's length."""
+    pooling: str | None = None
+    """last or mean: what to make of the prompt's hidden states, if the program returns those."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):
@@ -76,6 +78,8 @@ class TokenOutput(msgspec.Struct, kw_only=True, tag="tokens"):
     stop_reason: int | str | None = None
     """The stop token id that ended it; None for EOS and for length."""
     metrics: RequestMetrics | None = None
+    embedding: bytes | None = None
+    """Instead of tokens: the pooled hidden state [hidden], little-endian float32."""
 
 
 class TokenBatch(msgspec.Struct, tag="batch"):
@@ -134,6 +138,14 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     summary: dict[str, str] = {}
     cost: Cost | None = None
     """What a step must read and compute; None: unknown."""
+    task: str = "generate"
+    """generate, or embed."""
+    step_tokens: int = 0
+    """Most tokens that one step computes."""
+    block_size: int = 0
+    """Tokens of a page, the unit in which prefixes are shared."""
+    prefix_blocks: int = 0
+    """Pages of one sequence that the prefix cache can hold; 0: prefixes are not shared."""
 
 
 class EngineDied(msgspec.Struct, tag="died"):

@@ -29,6 +29,8 @@ class SampleResult:
     """Rows (not positions) for which nothing could be sampled."""
     reasons: dict[int, str] = field(default_factory=dict)
     """A sentence for each bad row."""
+    vectors: list[bytes] | None = None
+    """In the place of tokens: a pooled state each (`pooler`)."""
 
 
 def best_result(token_ids: np.ndarray, rows: np.ndarray) -> SampleResult:

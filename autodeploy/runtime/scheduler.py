@@ -114,6 +114,10 @@ class Scheduler:
         self._chunk = min(
             config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens
         )
+        self._most_prompt_rows = PROMPT_LOGPROB_ROWS
+        if contract.hidden is not None:
+            # No wider than anything else that a step computes of a token.
+            self._most_prompt_rows = config.max_num_batched_tokens
         self._budget = self._decoding = self._prompt_rows = 0
         self._admitting = True
 
@@ -259,7 +263,7 @@ class Scheduler:
     def _fill(self) -> None:
         """Plans requests in order, running and waiting ones, as far as budget and pages go."""
         self._budget = self.config.max_num_batched_tokens
-        self._prompt_rows = PROMPT_LOGPROB_ROWS
+        self._prompt_rows = self._most_prompt_rows
         self._decoding = sum(request.decodes for request in self.running)
         self._admitting = True
         at = 0

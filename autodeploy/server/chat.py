@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
-from .answers import event
+from .answers import TextEvents, event
 from .chat_message import MessageReader, options_of, parser_of
 from .errors import invalid
 from .generation import Generation, UsageCount
@@ -28,7 +28,7 @@ from .protocol.chat import (
 )
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import constrained, demanding_a_call
+from .structured import asked_form, constrained, demanding_a_call, field_of
 
 router = APIRouter()
 
@@ -68,10 +68,18 @@ class _Call:
         if limit is not None or "max_tokens" not in defaults.sampling:
             changes["max_tokens"] = limit
         params = request.sampling_params(defaults.params(), **changes)
-        params = demanding_a_call(params, self.tools, request.response_format)
+        form = asked_form(request, request.response_format)
+        params = demanding_a_call(params, self.tools, form)
         if self.parser.needs_special_tokens(getattr(self.llm.tokenizer, "all_special_tokens", ())):
             params = params.clone(skip_special_tokens=False)
-        self.params = constrained(params, request.response_format)
+        self.params = constrained(params, form)
+        self.form_field = field_of(form)
+        self.tells_text_only = not (
+            request.logprobs or request.return_token_ids or request.tells_usage_always
+            or self.llm.tokenizer is None
+        )  # fmt: skip
+        """Whether events in the middle of a plain answer have nothing but text."""
+        self._text_events: dict[int, TextEvents] = {}
 
     async def answer(self) -> ChatCompletion:
         with self.service.admission.sequences(self.request.sequences_per_prompt):
@@ -103,13 +111,27 @@ class _Call:
                             yield event(self._opening(index, delta, count))
                     count.add(0, delta)
                     for part in delta.outputs:
-                        choice = self._piece(readers[part.index], part)
+                        reader = readers[part.index]
+                        if reader.is_plain and self.tells_text_only and not part.finished:
+                            if part.text:
+                                yield self._text_event(part, count)
+                            continue
+                        choice = self._piece(reader, part)
                         if choice is not None:
                             yield event(self._chunk([choice], count))
             if self.request.tells_usage:
                 last = self._chunk([], count)
                 last.usage = count.usage()
                 yield event(last)
+
+    def _text_event(self, part: CompletionOutput, count: UsageCount) -> bytes:
+        if part.index not in self._text_events:
+            choice = ChatChunkChoice(
+                index=part.index, delta=Message(content=TextEvents.TEXT), logprobs=None,
+                finish_reason=None,
+            )  # fmt: skip
+            self._text_events[part.index] = TextEvents(self._chunk([choice], count))
+        return self._text_events[part.index].event(part.text)
 
     def _reader(self, generation: Generation) -> MessageReader:
         prompt = generation.prompts[0].text or ""
@@ -140,7 +162,9 @@ class _Call:
     def _piece(self, reader: MessageReader, part: CompletionOutput) -> ChatChunkChoice | None:
         """What a delta says; None if that is nothing yet."""
         message = reader.add(part.text, part.finished)
-        tells_tokens = self.request.logprobs or self.request.return_token_ids
+        tells_tokens = (
+            self.request.logprobs or self.request.return_token_ids or self.llm.tokenizer is None
+        )
         if message is None and not part.finished and not tells_tokens:
             return None
         choice = ChatChunkChoice(
@@ -178,13 +202,14 @@ class _Call:
             template_kwargs=_template_kwargs(request, self.tools.for_template()),
         )
         return Generation(
-            self.llm,
+            self.service.host,
             self.service.metrics,
             self.id,
             [prompt],
             self.params,
             request.priority,
             request.cache_salt,
+            form_field=self.form_field,
         )
 
 

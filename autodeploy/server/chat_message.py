@@ -23,6 +23,7 @@ from .parsing import (
     tool_options,
 )
 from .protocol.chat import ChatRequest, Message
+from .protocol.responses import ResponseRequest
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _named(flag: str, detected: str | None) -> str | None:
     return {"auto": detected, "none": None}.get(flag, flag)
 
 
-def options_of(request: ChatRequest, formats: Formats) -> ToolOptions:
+def options_of(request: ChatRequest | ResponseRequest, formats: Formats) -> ToolOptions:
     """What a request says about tools.
 
     Raises:
@@ -100,13 +101,14 @@ class MessageReader:
         self._parser = parser
         self._prompt = prompt
         self._named = named
-        self._plain = parser.tools is None and parser.reasoning is None
-        self._stream = None if self._plain else parser.stream(prompt)
+        self.is_plain = parser.tools is None and parser.reasoning is None
+        """Whether the message is the text and nothing else."""
+        self._stream = None if self.is_plain else parser.stream(prompt)
         self._called = False
 
     def whole(self, text: str) -> Message:
         """The message of a finished text."""
-        if self._plain:
+        if self.is_plain:
             return Message(role="assistant", content=text, refusal=None)
         parsed = self._parser.whole(text, self._prompt)
         self._called = bool(parsed.tool_calls)

@@ -14,15 +14,15 @@ from starlette.responses import Response
 from ..detokenizer import decode
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from ..prompts import Prompt
-from .answers import event
+from .answers import TextEvents, event
 from .errors import invalid
 from .generation import Generation, UsageCount
 from .logprobs import completion_logprobs, prompt_logprobs
-from .prompt_input import completion_prompts
+from .prompt_input import completion_prompts, count_prompts
 from .protocol.completions import Completion, CompletionChoice, CompletionRequest
 from .protocol.sampling import check_logprobs
 from .service import Service, service_of
-from .structured import constrained
+from .structured import asked_form, constrained, field_of
 
 router = APIRouter()
 
@@ -57,9 +57,12 @@ class _Call:
         if request.echo and request.logprobs is not None:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         params = request.sampling_params(self.llm.defaults.params(), **changes)
-        self.params = constrained(params, request.response_format)
-        special = getattr(self.llm.tokenizer, "all_special_ids", ())
-        self.silent = frozenset(special if self.params.skip_special_tokens else ())
+        form = asked_form(request, request.response_format)
+        self.params = constrained(params, form)
+        self.form_field = field_of(form)
+        self.silent: frozenset[int] = frozenset()
+        if request.logprobs is not None and self.params.skip_special_tokens:
+            self.silent = frozenset(getattr(self.llm.tokenizer, "all_special_ids", ()))
 
     async def answer(self) -> Completion:
         with self.service.admission.sequences(self._sequences()):
@@ -93,14 +96,17 @@ class _Call:
                         if number not in writers:
                             writers[number] = _Writer(self, delta.prompt_token_ids)
                         writer = writers[number]
-                        if writer.has_news(part):
-                            yield event(self._chunk([writer.choice(number, delta, part)], count))
+                        if writer.says_text_only(part):
+                            if part.text:
+                                yield writer.text_event(number, part.text, count)
+                        elif writer.has_news(part):
+                            yield event(self.chunk([writer.choice(number, delta, part)], count))
             if self.request.tells_usage:
-                last = self._chunk([], count)
+                last = self.chunk([], count)
                 last.usage = count.usage()
                 yield event(last)
 
-    def _chunk(self, choices: list[CompletionChoice], count: UsageCount) -> Completion:
+    def chunk(self, choices: list[CompletionChoice], count: UsageCount) -> Completion:
         chunk = Completion(
             id=self.id, object="text_completion", created=self.created, model=self.model,
             choices=choices,
@@ -110,9 +116,7 @@ class _Call:
         return chunk
 
     def _sequences(self) -> int:
-        prompt = self.request.prompt
-        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
-        return self.request.sequences_per_prompt * (1 if single else len(prompt))
+        return self.request.sequences_per_prompt * count_prompts(self.request.prompt)
 
     async def _generation(self) -> Generation:
         request = self.request
@@ -122,13 +126,14 @@ class _Call:
         if request.echo:
             prompts = [self._with_text(prompt) for prompt in prompts]
         return Generation(
-            self.llm,
+            self.service.host,
             self.service.metrics,
             self.id,
             prompts,
             self.params,
             request.priority,
             request.cache_salt,
+            form_field=self.form_field,
         )
 
     def _with_text(self, prompt: Prompt) -> Prompt:
@@ -153,6 +158,26 @@ class _Writer:
         self._prompt_token_ids = prompt_token_ids
         self._is_first = True
         self._offset = 0
+        request = call.request
+        self._plain = not (
+            request.logprobs is not None or request.return_token_ids
+            or request.tells_usage_always or call.llm.tokenizer is None
+        )  # fmt: skip
+        self._text_events: TextEvents | None = None
+
+    def says_text_only(self, part: CompletionOutput) -> bool:
+        """Whether all there is to tell of a part is its text."""
+        return self._plain and not self._is_first and part.finish_reason is None
+
+    def text_event(self, number: int, text: str, count: UsageCount) -> bytes:
+        """The event of a part of choice `number` that says text only."""
+        if self._text_events is None:
+            choice = CompletionChoice(
+                index=number, text=TextEvents.TEXT, logprobs=None, finish_reason=None,
+                stop_reason=None,
+            )  # fmt: skip
+            self._text_events = TextEvents(self._call.chunk([choice], count))
+        return self._text_events.event(text)
 
     def has_news(self, part: CompletionOutput) -> bool:
         """Whether there is anything to tell: text may be held back until a stop is ruled out."""
@@ -160,6 +185,8 @@ class _Writer:
         return bool(
             part.text or part.finished or self._is_first
             or request.logprobs is not None or request.return_token_ids
+            # Without a tokenizer nothing else says that there is a token.
+            or self._call.llm.tokenizer is None
         )  # fmt: skip
 
     def choice(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..pooling import POOLINGS, Pooling
 
 ON_ENGINE_DEATH = ("exit", "restart")
 LOG_FORMATS = ("text", "json")
@@ -29,6 +30,9 @@ class ServerConfig:
     """port to listen on; 0 takes a free one"""
     root_path: str = ""
     """path under which a proxy shows this server, such as /llm"""
+    data_parallel_size: int = 1
+    """replicas of the model on this machine, an engine process and a GPU (or an equal share of the
+    CPU's threads) for each; a prompt goes to the one that likely has most of it cached"""
     served_model_name: list[str] = field(default_factory=list)
     """names of the model in requests; the first is given back (default: the model's path)"""
     api_key: list[str] = field(default_factory=list, repr=False)
@@ -53,6 +57,8 @@ class ServerConfig:
     """how the model writes calls of tools; auto: as its chat template does, none: not at all"""
     reasoning_parser: str = "auto"
     """how the model marks its reasoning; auto: as its chat template does, none: not at all"""
+    pooling: Pooling = "last"
+    """what an embedding is made of: the last token's hidden state, or the mean over all tokens"""
     log_format: str = "text"
     """text, or json with a line per record"""
     otlp_traces_endpoint: str | None = None
@@ -61,6 +67,8 @@ class ServerConfig:
     """exit with status 1, or restart the engine in place"""
     trust_request_chat_template: bool = False
     """let requests bring a chat template, which can be written to run for hours"""
+    response_store: int = 256
+    """responses of /v1/responses to keep in memory for previous_response_id; 0 keeps none"""
     max_request_bytes: int = 16 * 2**20
     """largest body of a request"""
     max_prompt_tokens: int | None = None
@@ -77,9 +85,14 @@ class ServerConfig:
     """longest stop string, in characters"""
 
     def __post_init__(self) -> None:
-        for name in ("max_open_sequences", "max_request_bytes", "max_prompts", "max_n"):
+        for name in (
+            "data_parallel_size", "max_open_sequences", "max_request_bytes", "max_prompts", "max_n",
+        ):  # fmt: skip
             self._at_least(name, 1)
-        for name in ("max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout"):
+        for name in (
+            "max_logprobs", "max_stop_strings", "max_stop_length", "shutdown_timeout",
+            "response_store",
+        ):  # fmt: skip
             self._at_least(name, 0)
         for name in ("max_prompt_tokens", "request_timeout"):
             if getattr(self, name) is not None:
@@ -94,6 +107,8 @@ class ServerConfig:
                 f"on_engine_death must be {' or '.join(ON_ENGINE_DEATH)}, not "
                 f"{self.on_engine_death!r}"
             )
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be {' or '.join(POOLINGS)}, not {self.pooling!r}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(
                 f"log_format must be {' or '.join(LOG_FORMATS)}, not {self.log_format!r}"

@@ -1,35 +1,50 @@
-"""EngineHost: the engine that requests go to, and what happens when it dies."""
+"""EngineHost: the engines that requests go to, one per replica of the model."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import time
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from ..async_llm import AsyncLLM
 from ..errors import AutodeployError, EngineDeadError
-
-_log = logging.getLogger("autodeploy")
-_FIRST_WAIT_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 10.0
-_STABLE_SECONDS = 10.0
+from .replica import Replica
+from .routing import Candidate, block_hashes, choose
 
 
 class EngineHost:
-    """Holds one AsyncLLM at a time.
+    """Holds the replicas, at least one, and sends each prompt to one of them.
 
-    build: makes another one, in a thread; None: a dead engine stays dead. gave_up: called once if
-    the engine died and is not coming back.
+    gave_up: called when an engine died and is not coming back.
     """
 
-    def __init__(self, llm: AsyncLLM, build: Callable[[], AsyncLLM] | None = None) -> None:
-        self.llm = llm
-        self.restarts = 0
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self.replicas = list(replicas)
         self.gave_up: Callable[[], None] = lambda: None
-        self._build = build
-        self._watch: asyncio.Task[None] | None = None
+        self._turns = itertools.count(1)
+        for number, replica in enumerate(self.replicas):
+            replica.number = number
+            replica.gave_up = lambda: self.gave_up()
+
+    @property
+    def serving(self) -> list[Replica]:
+        """Those whose engine lives."""
+        return [replica for replica in self.replicas if replica.llm.death is None]
+
+    @property
+    def llms(self) -> list[AsyncLLM]:
+        """The newest engine of every replica, dead or alive."""
+        return [replica.llm for replica in self.replicas]
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """An engine to ask what is the same for all."""
+        return next(iter(self.serving), self.replicas[0]).llm
+
+    @property
+    def restarts(self) -> int:
+        """Of all replicas."""
+        return sum(replica.restarts for replica in self.replicas)
 
     @property
     def death(self) -> AutodeployError | None:
@@ -37,52 +52,56 @@ class EngineHost:
         return self.llm.death
 
     def living(self) -> AsyncLLM:
-        """The engine.
+        """An engine that lives; for prompts, `route` says which.
 
         Raises:
-            EngineDeadError: it is gone.
+            EngineDeadError: all are gone.
         """
-        if self.death is not None:
-            again = "; it is being started again" if self._build else ""
-            raise EngineDeadError(f"the engine is gone: {self.death}{again}")
-        return self.llm
+        llm = self.llm
+        if llm.death is not None:
+            again = "; it is being started again" if self.replicas[0].comes_back else ""
+            raise EngineDeadError(f"the engine is gone: {llm.death}{again}")
+        return llm
+
+    def route(self, token_ids: Sequence[int], cache_salt: str | None) -> Replica:
+        """The replica that a prompt goes to, by `routing.choose`; it is taken to have it cached.
+
+        Raises:
+            EngineDeadError: all are gone.
+        """
+        self.living()
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        serving = self.serving
+        ready = serving[0].llm.ready
+        hashes = _hashes(token_ids, ready.block_size, cache_salt) if ready.prefix_blocks else []
+        replica = serving[choose([_candidate(r, hashes) for r in serving])]
+        replica.turn = next(self._turns)
+        replica.prefixes.add(hashes)
+        return replica
 
     def start(self) -> None:
         """Begins to watch; on the event loop that serves."""
-        self._watch = asyncio.create_task(self._watch_engine())
+        for replica in self.replicas:
+            replica.start()
 
     async def stop(self) -> None:
-        """Stops watching, ends every stream and stops the engine."""
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
-        await self.llm.shutdown()
+        """Stops watching, ends every stream and stops the engines."""
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
-    async def _watch_engine(self) -> None:
-        wait = _FIRST_WAIT_SECONDS
-        while True:
-            began = time.monotonic()
-            death = await self.llm.died()
-            _log.error("the engine died: %s", death)
-            if self._build is None:
-                self.gave_up()
-                return
-            if time.monotonic() - began > _STABLE_SECONDS:
-                wait = _FIRST_WAIT_SECONDS
-            wait = await self._restart(self._build, wait)
 
-    async def _restart(self, build: Callable[[], AsyncLLM], wait: float) -> float:
-        """Builds engines until one stands; returns the seconds to wait after the next death."""
-        while True:
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-            try:
-                self.llm = await asyncio.to_thread(build)
-            except Exception as error:  # noqa: BLE001 - whatever it is, nobody else would try again
-                _log.error("the engine could not be started again: %s", error)
-                _log.debug("while starting the engine", exc_info=error)
-                continue
-            self.restarts += 1
-            _log.warning("the engine is back, after %d restarts in all", self.restarts)
-            return wait
+def _candidate(replica: Replica, hashes: Sequence[bytes]) -> Candidate:
+    ready = replica.llm.ready
+    return Candidate(
+        load=replica.llm.open_tokens,
+        known=replica.prefixes.known(hashes) * ready.block_size,
+        step=ready.step_tokens,
+        turn=replica.turn,
+    )
+
+
+def _hashes(token_ids: Sequence[int], block_size: int, cache_salt: str | None) -> list[bytes]:
+    try:
+        return block_hashes(token_ids, block_size, cache_salt)
+    except UnicodeEncodeError:
+        return []  # whichever engine gets it refuses this salt, and says why

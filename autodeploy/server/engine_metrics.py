@@ -9,13 +9,16 @@ Source of the names: https://docs.vllm.ai/en/latest/usage/metrics.html (2026).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..runtime.messages import EngineStats
+
+ENGINE_LABELS = ("model_name", "engine")
+"""Labels of everything that one engine did; `engine` is its number among the replicas, from 0."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,11 @@ ENGINE_METRICS = (
 )  # fmt: skip
 
 
-def engine_families(stats: EngineStats, labels: dict[str, str]) -> Iterator[Metric]:
-    """All of `ENGINE_METRICS` for one report."""
+def engine_families(model_name: str, reports: Sequence[EngineStats]) -> Iterator[Metric]:
+    """All of `ENGINE_METRICS`. reports: of engines 0, 1, ..."""
     for metric in ENGINE_METRICS:
         kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-        family = kind(metric.name, metric.text, labels=list(labels))
-        family.add_metric(list(labels.values()), metric.value(stats))
+        family = kind(metric.name, metric.text, labels=ENGINE_LABELS)
+        for engine, stats in enumerate(reports):
+            family.add_metric([model_name, str(engine)], metric.value(stats))
         yield family

@@ -57,7 +57,8 @@ class ApiKeys:
             return
         refusal = ApiError(
             401,
-            "no valid API key was given; send it as the header  Authorization: Bearer KEY",
+            # OpenAI's own words, by which LiteLLM knows this error.
+            "Incorrect API key provided, or none; send it as the header  Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )

@@ -7,26 +7,36 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from ..async_llm import AsyncLLM, OutputKind
+from ..async_llm import OutputKind
 from ..outputs import RequestOutput
+from ..pooling import Pooling
 from ..prompts import Prompt
 from ..runtime.sampling_params import SamplingParams
+from .engine_host import EngineHost
 from .metrics import ServerMetrics
 from .protocol.base import PromptTokensDetails, Usage
+from .structured import blaming
 from .watch import watched
 
 
 @dataclass
 class Generation:
-    """Prompts with what they share. name: unique; the engine's requests are called after it."""
+    """Prompts with what they share. name: unique; the engine's requests are called after it.
 
-    llm: AsyncLLM
+    Each prompt goes to a replica of its own.
+    """
+
+    host: EngineHost
     metrics: ServerMetrics
     name: str
     prompts: list[Prompt]
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    pooling: Pooling | None = None
+    """To embed, not to generate."""
+    form_field: str = "structured_outputs"
+    """The field of the request that constrains the output; it is blamed if that cannot be done."""
 
     async def whole(self) -> list[RequestOutput]:
         """The finished outputs, in the order of the prompts.
@@ -40,17 +50,16 @@ class Generation:
                 outputs[index] = output
         return [outputs[index] for index in range(len(self.prompts))]
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    def deltas(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """What is new, with the index of its prompt, as it comes; ends as `whole` does."""
-        async with aclosing(self._all("delta")) as parts:
-            async for part in parts:
-                yield part
+        return self._all("delta")
 
     async def _all(self, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         if len(self.prompts) == 1:
             async with aclosing(self._one(0, kind)) as outputs:
-                async for only in outputs:
-                    yield 0, only
+                with blaming(self.form_field):
+                    async for only in outputs:
+                        yield 0, only
             return
         queue: asyncio.Queue[tuple[int, RequestOutput | None]] = asyncio.Queue()
         tasks = [
@@ -63,7 +72,8 @@ class Generation:
                 index, output = await queue.get()
                 if output is None:
                     left -= 1
-                    tasks[index].result()
+                    with blaming(self.form_field):
+                        tasks[index].result()
                 else:
                     yield index, output
         finally:
@@ -83,15 +93,18 @@ class Generation:
                 queue.put_nowait((index, output))
 
     def _one(self, index: int, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
-        outputs = self.llm.generate(
-            [self.prompts[index]],
+        prompt = self.prompts[index]
+        replica = self.host.route(prompt.token_ids, self.cache_salt)
+        outputs = replica.llm.generate(
+            [prompt],
             self.params,
             f"{self.name}-{index}",
             output_kind=kind,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            pooling=self.pooling,
         )
-        return watched(outputs, self.metrics, self.params, kind)
+        return watched(outputs, self.metrics, self.params, kind, replica.number)
 
 
 class UsageCount:

@@ -50,12 +50,14 @@ class Histogram:
         self._counts[bisect_left(self._edges, value)] += times
         self._sum += value * times
 
-    def family(self, labels: dict[str, str]) -> HistogramMetricFamily:
-        """As prometheus_client exposes it."""
-        family = HistogramMetricFamily(self.name, self._text, labels=list(labels))
+    def family(self, labels: Sequence[str]) -> HistogramMetricFamily:
+        """As prometheus_client exposes it, still empty. labels: names."""
+        return HistogramMetricFamily(self.name, self._text, labels=labels)
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Adds what was counted to its own family, or an equal one's. labels: values."""
         buckets, total = [], 0
         for edge, count in zip([*self._edges, float("inf")], self._counts, strict=True):
             total += count
             buckets.append(("+Inf" if edge == float("inf") else repr(float(edge)), total))
-        family.add_metric(list(labels.values()), buckets, self._sum)
-        return family
+        family.add_metric(labels, buckets, self._sum)

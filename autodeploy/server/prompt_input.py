@@ -19,10 +19,21 @@ T = TypeVar("T")
 _LONG_CHARACTERS = 20_000
 
 
+def count_prompts(prompt: Any) -> int:
+    """How many prompts a request has, before anything is done for them."""
+    return 1 if isinstance(prompt, str) or _is_flat(prompt) else max(1, len(prompt))
+
+
 async def completion_prompts(
-    llm: AsyncLLM, prompt: Any, config: ServerConfig, add_special_tokens: bool | None = None
+    llm: AsyncLLM,
+    prompt: Any,
+    config: ServerConfig,
+    add_special_tokens: bool | None = None,
+    field: str = "prompt",
 ) -> list[Prompt]:
     """The prompts of a request: one text, one list of token ids, or a list of either.
+
+    field: what the request calls them.
 
     Raises:
         InvalidRequestError: one of them cannot be served.
@@ -30,11 +41,11 @@ async def completion_prompts(
     """
     items = [prompt] if isinstance(prompt, str) or _is_flat(prompt) else prompt
     if not items:
-        raise invalid("prompt is an empty list; give at least one prompt", "prompt")
+        raise invalid(f"{field} is an empty list; give at least one prompt", field)
     if len(items) > config.max_prompts:
         raise invalid(
-            f"prompt has {len(items)} prompts; this server takes {config.max_prompts} at a time",
-            "prompt",
+            f"{field} has {len(items)} prompts; this server takes {config.max_prompts} at a time",
+            field,
         )
 
     def read() -> list[Prompt]:
@@ -46,7 +57,7 @@ async def completion_prompts(
     prompts = await _beside(read, characters)
     for index, one in enumerate(prompts):
         check_prompt(one, index, llm.vocab_size, llm.max_model_len)
-        _check_length(one, config, "prompt")
+        _check_length(one, config, field)
     return prompts
 
 
@@ -106,7 +117,8 @@ def _check_length(prompt: Prompt, config: ServerConfig, param: str) -> None:
     if most is not None and len(prompt.token_ids) > most:
         raise ApiError(
             400,
-            f"a prompt has {len(prompt.token_ids)} tokens; this server takes {most}",
+            f"prompt is too long: it has {len(prompt.token_ids)} tokens, and this model's maximum "
+            f"context length is {most} on this server, output not counted; send fewer",
             param=param,
             code="context_length_exceeded",
         )

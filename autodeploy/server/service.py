@@ -10,12 +10,13 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from .admission import Admission
-from .answers import StreamAnswer, WholeAnswer
+from .answers import Closing, StreamAnswer, WholeAnswer
 from .chat_message import Formats
 from .config import ServerConfig
 from .engine_host import EngineHost
 from .errors import ApiError
 from .metrics import ServerMetrics
+from .response_store import ResponseStore
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Service:
     """What was deployed: a path or hub id."""
     created: int
     """When, in seconds since 1970."""
+    responses: ResponseStore
 
     @property
     def model_names(self) -> list[str]:
@@ -58,12 +60,17 @@ class Service:
         """The answer that `work` returns."""
         return WholeAnswer(work, self.admission, self.config.request_timeout)
 
-    def stream(self, events: AsyncGenerator[bytes, None]) -> StreamAnswer:
+    def stream(
+        self, events: AsyncGenerator[bytes, None], closing: Closing | None = None
+    ) -> StreamAnswer:
         """The answer that `events` are."""
-        return StreamAnswer(events, self.admission, self.config.request_timeout)
+        return StreamAnswer(events, self.admission, self.config.request_timeout, closing)
 
 
-def service_of(request: Request) -> Service:
-    """The service of the application that a request came to; a FastAPI dependency."""
+async def service_of(request: Request) -> Service:
+    """The service of the application that a request came to; a FastAPI dependency.
+
+    Async, because FastAPI calls others in a thread: 40 of them, for a look at an attribute.
+    """
     service: Service = request.app.state.service
     return service

@@ -19,7 +19,7 @@ from .config import ServerConfig
 from .service import Service
 
 # After the last stream has ended: for answers that are being written.
-_CLOSING_SECONDS = 3
+CLOSING_SECONDS = 3
 
 
 def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> int:
@@ -33,6 +33,8 @@ def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> int:
     scheme = "https" if config.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    # Who reads the line may call at once, which may be before uvicorn takes the first call.
+    listener.listen(server.config.backlog)
     print(f"serving {', '.join(service.model_names)} on {scheme}://{shown}:{port}", flush=True)
     server.run([listener])
     return server.status
@@ -51,7 +53,7 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         server_header=False,
         # A proxy's word on who the client is counts only where the proxy is.
         proxy_headers=False,
-        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,

@@ -1,6 +1,7 @@
 """Settings of `autodeploy serve`: defaults < file < flags < --set, as one flat set of names.
 
-A name is a field of ServerConfig or DeployConfig; `overrides` holds options of recipe steps.
+A name is a field of ServerConfig, RayConfig or DeployConfig; `overrides` holds options of recipe
+steps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from ..errors import ConfigError
 from ..transforms.recipe import suggest
 from .config import ServerConfig
 from .field_texts import field_texts
+from .ray_config import RayConfig
+
+SERVER_CONFIGS = (ServerConfig, RayConfig)
+"""Whose fields are flags of `autodeploy serve`, beside those of DeployConfig."""
 
 # What a file can say of fields whose Python values may be live objects.
 _WRITTEN: dict[str, Any] = {
@@ -36,6 +41,7 @@ class Settings:
     model: str
     deploy: dict[str, Any]
     server: ServerConfig
+    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -77,18 +83,19 @@ def settle(*layers: Mapping[str, Any]) -> Settings:
     model = merged.pop("model", None)
     if model is None:
         raise ConfigError("no model: name one on the command line, or as `model` in --config")
-    server = {
-        f.name: merged.pop(f.name) for f in dataclasses.fields(ServerConfig) if f.name in merged
-    }
+    server, ray = (
+        {f.name: merged.pop(f.name) for f in dataclasses.fields(owner) if f.name in merged}
+        for owner in SERVER_CONFIGS
+    )
     merged.setdefault("executor", "process")
     DeployConfig.from_options(model, merged)
-    return Settings(model, merged, ServerConfig(**server))
+    return Settings(model, merged, ServerConfig(**server), RayConfig(**ray))
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a configuration file."""
     fields: dict[str, Any] = {}
-    for owner in (DeployConfig, ServerConfig):
+    for owner in (DeployConfig, *SERVER_CONFIGS):
         texts, hints = field_texts(owner), _hints(owner)
         for field in dataclasses.fields(owner):
             default = "process" if field.name == "executor" else _default(field)
@@ -111,7 +118,9 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _check(layer: Mapping[str, Any]) -> None:
-    known = {**_hints(DeployConfig), **_hints(ServerConfig)}
+    known = {
+        n: hint for owner in (DeployConfig, *SERVER_CONFIGS) for n, hint in _hints(owner).items()
+    }
     for name, value in layer.items():
         if name not in known:
             raise ConfigError(f"there is no setting '{name}'{suggest(name, known)}")

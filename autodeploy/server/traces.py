@@ -18,7 +18,7 @@ from .record import RequestRecord
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-_CHAT_PATHS = ("/chat/completions", "/responses")
+_OPERATIONS = {"/chat/completions": "chat", "/responses": "chat", "/embeddings": "embeddings"}
 
 
 class Traces:
@@ -63,7 +63,8 @@ class Traces:
             for name in ("traceparent", "tracestate")
             if name in headers
         }
-        operation = "chat" if record.path.endswith(_CHAT_PATHS) else "text_completion"
+        known = (name for end, name in _OPERATIONS.items() if record.path.endswith(end))
+        operation = next(known, "text_completion")
         span = self._tracer.start_span(
             f"{operation} {record.model}",
             context=TraceContextTextMapPropagator().extract(carrier),

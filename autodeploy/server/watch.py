@@ -27,9 +27,10 @@ async def watched(
     metrics: ServerMetrics,
     params: SamplingParams,
     output_kind: OutputKind = "delta",
+    engine: int = 0,
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The same outputs. params, output_kind: what they were asked for with."""
-    with RequestWatch(metrics, params, output_kind) as watch:
+    """The same outputs. params, output_kind: what they were asked for with. engine: its number."""
+    with RequestWatch(metrics, params, output_kind, engine) as watch:
         # Closed here and now: an engine hears of a client that left by its stream's end.
         async with aclosing(outputs):
             async for output in outputs:
@@ -41,9 +42,14 @@ class RequestWatch:
     """One prompt on its way, seen from the server. Lives on the event loop."""
 
     def __init__(
-        self, metrics: ServerMetrics, params: SamplingParams, output_kind: OutputKind = "delta"
+        self,
+        metrics: ServerMetrics,
+        params: SamplingParams,
+        output_kind: OutputKind = "delta",
+        engine: int = 0,
     ) -> None:
-        self._metrics = metrics
+        self._model = metrics.model_name
+        self._counts = metrics.requests[engine]
         self._params = params
         self._deltas = output_kind == "delta"
         self._record = current_record() or RequestRecord("")
@@ -58,7 +64,7 @@ class RequestWatch:
 
     def __enter__(self) -> RequestWatch:
         record, params = self._record, self._params
-        record.model = self._metrics.labels["model_name"]
+        record.model = self._model
         record.sequences += params.n
         record.max_tokens = params.max_tokens
         record.temperature, record.top_p = params.temperature, params.top_p
@@ -75,7 +81,7 @@ class RequestWatch:
         if isinstance(error, Exception):
             self._record.error = type(error).__name__
             if isinstance(error, InvalidRequestError):
-                self._metrics.refused += 1
+                self._counts.refused += 1
                 return
         # Cancelling and leaving a generator are no Exceptions.
         self._end("error" if isinstance(error, Exception) else "abort")
@@ -85,6 +91,8 @@ class RequestWatch:
         now = time.perf_counter()
         if output.metrics is not None:
             self._timing = output.metrics
+        if output.embedding is not None:
+            self._prompt(output)
         for part in output.outputs:
             self._tokens(part, output, now)
             if part.finish_reason is not None and part.index == 0:
@@ -100,7 +108,7 @@ class RequestWatch:
         if new <= 0:
             return
         if seen is not None:
-            self._metrics.inter_token.observe((now - seen[0]) / new, new)
+            self._counts.inter_token.observe((now - seen[0]) / new, new)
         elif not self._seen:
             self._first_token(output, now)
         self._seen[part.index] = (now, known + new)
@@ -112,52 +120,56 @@ class RequestWatch:
         if self._whole and timing is not None and timing.first_token_time is not None:
             # Only the engine saw the first token.
             seconds = timing.first_token_time - timing.arrival_time
-        self._metrics.first_token.observe(seconds)
-        self._metrics.prompt_tokens += len(output.prompt_token_ids)
-        record = self._record
-        record.prompt_tokens += len(output.prompt_token_ids)
-        if timing is not None:
-            record.cached_tokens += timing.cached_tokens
-        if record.first_token_seconds is None:
-            record.first_token_seconds = seconds
+        self._counts.first_token.observe(seconds)
+        self._prompt(output)
+        if self._record.first_token_seconds is None:
+            self._record.first_token_seconds = seconds
+
+    def _prompt(self, output: RequestOutput) -> None:
+        """Counts the prompt, once something came of it."""
+        record, tokens = self._record, len(output.prompt_token_ids)
+        self._counts.prompt_tokens += tokens
+        record.prompt_tokens += tokens
+        if self._timing is not None:
+            record.cached_tokens += self._timing.cached_tokens
 
     def _finish(self, now: float, prompt_tokens: int) -> None:
-        metrics = self._metrics
+        counts = self._counts
         reason = self._reason or "error"
         self._end(reason)
         if reason not in ("stop", "length"):
             return  # how long it took says nothing of how long requests take
-        metrics.end_to_end.observe(now - self._started)
-        metrics.request_prompt_tokens.observe(prompt_tokens)
-        metrics.request_generation_tokens.observe(sum(count for _, count in self._seen.values()))
-        metrics.params_n.observe(self._params.n)
+        counts.end_to_end.observe(now - self._started)
+        counts.request_prompt_tokens.observe(prompt_tokens)
+        counts.request_generation_tokens.observe(sum(count for _, count in self._seen.values()))
+        counts.params_n.observe(self._params.n)
         if self._params.max_tokens is not None:
-            metrics.params_max_tokens.observe(self._params.max_tokens)
+            counts.params_max_tokens.observe(self._params.max_tokens)
         if self._timing is not None:
             self._phases(self._timing)
 
     def _phases(self, timing: RequestMetrics) -> None:
         """What the engine's clock says of the first sequence."""
-        metrics = self._metrics
+        counts = self._counts
         scheduled, first = timing.first_scheduled_time, timing.first_token_time
         if scheduled is None or first is None:
             return
         # One that ended at a stop string has no end in the engine: the server ended it, now.
         last = timing.finished_time or time.time()
         queue = scheduled - timing.arrival_time
-        metrics.queue.observe(queue)
+        counts.queue.observe(queue)
         self._record.queue_seconds = queue
-        metrics.prefill.observe(first - scheduled)
-        metrics.decode.observe(last - first)
-        metrics.inference.observe(last - scheduled)
+        counts.prefill.observe(first - scheduled)
+        counts.decode.observe(last - first)
+        counts.inference.observe(last - scheduled)
         tokens = self._seen[0][1] if 0 in self._seen else 0
         if tokens > 1:
             mean = (last - first) / (tokens - 1)
-            metrics.per_output_token.observe(mean)
+            counts.per_output_token.observe(mean)
             if self._whole:
-                metrics.inter_token.observe(mean, tokens - 1)
+                counts.inter_token.observe(mean, tokens - 1)
 
     def _end(self, reason: str) -> None:
         self._ended = True
-        self._metrics.finished[reason] += 1
+        self._counts.finished[reason] += 1
         self._record.finish_reasons.append(reason)

@@ -348,6 +348,7 @@ def _contract_to_dict(contract: Contract) -> dict[str, Any]:
         "eager": list(contract.eager),
         "cost": contract.cost,
         "calls": contract.calls,
+        "hidden": contract.hidden,
         "groups": [
             {
                 "name": g.name, "per": g.per, "window": g.window,
@@ -382,4 +383,5 @@ def _contract_from_dict(data: Mapping[str, Any]) -> Contract:
         eager=tuple(data["eager"]),
         cost=msgspec.convert(data["cost"], Cost | None),
         calls=data["calls"],
+        hidden=data["hidden"],
     )

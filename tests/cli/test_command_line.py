@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 
 from autodeploy import __version__
-from autodeploy.cli.main import main, parser
+from autodeploy.cli.main import main, own_logging, parser
 from autodeploy.cli.options import read_changes
 from autodeploy.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "examples" / "demo_model")
-
-
-@pytest.fixture(autouse=True)
-def own_logger(monkeypatch):
-    logger = logging.getLogger("autodeploy")
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(logger, name, getattr(logger, name))
 
 
 def test_version_is_the_package_version(capsys):
@@ -49,16 +42,24 @@ def test_help_ends_with_examples_that_parse(path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "level"), [([], "WARNING"), (["-v"], "INFO")])
-def test_verbose_logs_more(flags, level, capsys):
-    assert main([*flags, "recipe", "list"]) == 0
-    assert logging.getLogger("autodeploy").level == getattr(logging, level)
+def test_verbose_logs_more(flags, level):
+    with own_logging(parser().parse_args([*flags, "recipe", "list"]).verbose):
+        assert logging.getLogger("autodeploy").level == getattr(logging, level)
+
+
+def test_after_a_command_logging_is_as_it_was(caplog):
+    assert main(["recipe", "list"]) == 0
+    assert main(["serve", DEMO, "--port", "0", "--ray"]) == 1  # it sets up the root logger
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("autodeploy.part").info("a sentence")
+    assert caplog.messages == ["a sentence"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_logs_go_to_standard_error_only(terminal, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    assert main(["-v", "recipe", "list"]) == 0
-    logging.getLogger("autodeploy").info("a sentence")
+    with own_logging(True):
+        logging.getLogger("autodeploy").info("a sentence")
     out, err = capsys.readouterr()
     assert "a sentence" in err
     assert "a sentence" not in out

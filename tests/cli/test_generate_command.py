@@ -109,7 +109,7 @@ def test_deployment_flags_reach_the_engine(checkpoint, capsys):
                  "--block-size", "4", "--max-num-seqs", "2", "--max-num-batched-tokens", "8",
                  "--no-enable-prefix-caching", "--dtype", "float32", "--device", "cpu",
                  "--executor", "inprocess"]) == 1  # fmt: skip
-    assert "sequences hold 4" in error_of(capsys)
+    assert "maximum context length is 4" in error_of(capsys)
 
 
 @pytest.mark.parametrize("flags", [["--stream", "--json"], ["--stream", "--n", "2"],

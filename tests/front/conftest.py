@@ -33,13 +33,6 @@ def llm(model, tokenizer):
         yield deployed
 
 
-def pages_used(engine):
-    """Pages held now, counting what aborts have released by themselves."""
-    core = engine._executor._engine
-    core.step()
-    return core.stats().pages_used
-
-
 @pytest.fixture(scope="session")
 def poisoned(tokenizer):
     """An LLM with token 77 broken: every sequence that has it gets logits of NaN."""

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from conftest import pages_used
+from held_pages import pages_used
 
 from autodeploy import AsyncLLM, SamplingParams
 from autodeploy.build import build_engine
@@ -38,6 +38,7 @@ async def until(condition):
 
 async def free(engine):
     await until(lambda: engine.open_requests == 0)
+    await until(lambda: engine.open_tokens == 0)
     await until(lambda: pages_used_now(engine) == 0)
 
 
@@ -103,6 +104,23 @@ async def test_cancelling_the_task_ends_the_request(engine):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await free(engine)
+
+
+async def test_open_tokens_are_those_of_prompts_and_outputs_until_the_stream_ends(engine):
+    assert engine.open_tokens == 0
+    params = SamplingParams(max_tokens=150, ignore_eos=True, n=2)
+    stream = engine.generate("def f(", params)
+    output = await anext(stream)
+    prompt = len(output.prompt_token_ids)
+    assert 2 * prompt < engine.open_tokens <= 2 * (prompt + 150)
+    before = engine.open_tokens
+    await anext(stream)
+    assert engine.open_tokens >= before
+    await stream.aclose()
+    await free(engine)
+    await collect(engine.generate("def f(", SamplingParams(stop=["e"], max_tokens=100)))
+    await collect(engine.generate("def f(", params, output_kind="final"))
     await free(engine)
 
 

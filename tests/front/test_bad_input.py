@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import pages_used
+from held_pages import pages_used
 from tiny_models import tiny_model
 from toy_tokenizers import byte_level
 from transformers import (
@@ -45,7 +45,7 @@ NAN = float("nan")
 PROMPTS = [
     ([[]], EmptyPromptError, "prompt 0 has no tokens; give at least one"),
     ("", EmptyPromptError, "no tokens"),
-    ([[3] * 300], PromptTooLongError, "300 tokens; sequences hold 256"),
+    ([[3] * 300], PromptTooLongError, "300 tokens, and this model's maximum context length is 256"),
     ([[3] * 256], PromptTooLongError, "use at most 255 or raise max_model_len"),
     ([[3, 4], [3, 300]], UnknownTokenError, "prompt 1: token id 300 .* use 0 to 299"),
     ([[3, -1]], UnknownTokenError, "token id -1"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import pages_used
+from held_pages import pages_used
 from rope_models import generated, rope_model
 
 from autodeploy import BeamSearchParams, SamplingParams, deploy

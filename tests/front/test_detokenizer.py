@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import byte_level, metaspace
 
-from autodeploy.detokenizer import Detokenizer
+from autodeploy.detokenizer import Detokenizer, piece_decoder
 
 TOKENIZERS = {"byte level": byte_level(), "metaspace": metaspace()}
 
@@ -138,3 +138,17 @@ def test_without_a_tokenizer_there_is_no_text():
     detokenizer = Detokenizer(None, [1, 2])
     assert detokenizer.append([3, 4]) == 2
     assert detokenizer.finish() == ""
+
+
+def test_a_tokenizer_with_a_decode_of_its_own_is_asked_through_it():
+    tokenizer = byte_level()
+    plain = piece_decoder(tokenizer, True)
+    ids = tokenizer("a word", add_special_tokens=False)["input_ids"]
+    assert plain(ids) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    class Loud(type(tokenizer)):
+        def decode(self, token_ids, **options):
+            return super().decode(token_ids, **options).upper()
+
+    tokenizer.__class__ = Loud
+    assert piece_decoder(tokenizer, True)(ids) == plain(ids).upper()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import pages_used
+from held_pages import pages_used
 
 from autodeploy import LLM, SamplingParams, deploy
 from autodeploy.errors import (

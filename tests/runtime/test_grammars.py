@@ -67,6 +67,7 @@ REFUSED = [
     {"json": {"type": "string", "pattern": "(?=a)b"}},
     {"json": {"allOf": [{"type": "string"}, {"type": "number"}]}},
     {"json": '{"items":' * 1000 + "{}" + "}" * 1000},
+    {"json": '{"properties": {"a":' * 70 + "{}" + "}}" * 70},
     {"regex": "("},
     {"regex": "(" * 2000 + "a" + ")" * 2000},
     {"grammar": "start: nobody"},

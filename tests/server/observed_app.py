@@ -10,9 +10,11 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from autodeploy import AsyncLLM, SamplingParams
+from autodeploy.server.engine_host import EngineHost
 from autodeploy.server.metrics import ServerMetrics
 from autodeploy.server.observation import Observation
 from autodeploy.server.page import page_router
+from autodeploy.server.replica import Replica
 from autodeploy.server.status import status_router
 from autodeploy.server.watch import watched
 
@@ -32,9 +34,9 @@ def observed_app(llm, traces=None, key=None):
     async def refuse(request, error):
         return JSONResponse({"error": {"message": error.detail}}, error.status_code)
 
-    metrics = app.state.metrics = ServerMetrics(lambda: llm, "demo")
+    metrics = app.state.metrics = ServerMetrics(lambda: [llm], "demo")
     app.include_router(metrics.router())
-    status = status_router(lambda: llm, "demo", key is not None)
+    status = status_router(EngineHost([Replica(llm)]), "demo", key is not None)
     app.include_router(status, dependencies=[Depends(key_checked)])
     app.include_router(page_router())
 

@@ -14,6 +14,7 @@ from autodeploy.runtime.executor import InProcessExecutor
 from autodeploy.server.app import build_app
 from autodeploy.server.config import ServerConfig
 from autodeploy.server.engine_host import EngineHost
+from autodeploy.server.replica import Replica
 from autodeploy.server.serving import Server, bound_socket, uvicorn_config
 
 DEMO = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
@@ -26,11 +27,13 @@ def demo_engine(**options):
 
 
 class RunningServer:
-    """Serves until `close`."""
+    """Serves until `close`. engines: of its replicas; otherwise there are `replicas` of the demo
+    model."""
 
-    def __init__(self, engine=None, build=None, **options):
+    def __init__(self, *engines, build=None, replicas=1, **options):
         config = ServerConfig(port=0, **{"served_model_name": ["demo"], **options})
-        self.host = EngineHost(engine or demo_engine(), build)
+        engines = engines or [demo_engine() for _ in range(replicas)]
+        self.host = EngineHost([Replica(engine, build) for engine in engines])
         self.app = build_app(config, self.host, DEMO)
         self.service = self.app.state.service
         listener = bound_socket(config)

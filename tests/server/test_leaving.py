@@ -10,6 +10,11 @@ from running_server import RunningServer, demo_engine, eventually
 from autodeploy.errors import ConfigError
 
 TEXT = "/v1/completions"
+EVERYWHERE = {
+    TEXT: {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"input": "a"},
+}
 LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
 
 
@@ -95,10 +100,39 @@ def test_a_stopping_server_refuses_new_requests_and_finishes_open_ones(own):
         running.stop()
         eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
         assert httpx.get(running.url + "/health").status_code == 200
-        refused = httpx.post(running.url + TEXT, json={"prompt": "a"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        for path, body in EVERYWHERE.items():
+            refused = httpx.post(running.url + path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         rest = [line for line in lines if line]
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
+def test_a_stopping_server_finishes_what_is_open_on_every_replica(own):
+    running = own(shutdown_timeout=20, replicas=2)
+    threads = [in_thread(running, **{**LONG, "max_tokens": 300, "prompt": p}) for p in ("a", "b")]
+    eventually(lambda: [llm.open_requests for llm in running.host.llms] == [1, 1])
+    running.stop()
+    for thread, answers in threads:
+        thread.join()
+        assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+    running.join()
+    assert running.server.status == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "end"), [(300, 20, "incomplete"), (900, 0.2, "failed")]
+)
+def test_a_response_goes_on_in_a_stopping_server_until_the_deadline(own, tokens, seconds, end):
+    running = own(shutdown_timeout=seconds)
+    body = {"input": "a", "max_output_tokens": tokens, "ignore_eos": True, "stream": True}
+    with running.client.stream("POST", "/v1/responses", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.stop()
+        last = [line for line in lines if line.startswith("data: ")][-1]
+    assert json.loads(last.removeprefix("data: "))["type"] == f"response.{end}"
     running.join()
     assert running.server.status == 0
 
@@ -137,6 +171,29 @@ def die(running):
     running.host.llm._executor._engine.step = broken
 
 
+def test_without_a_living_replica_nothing_is_served_until_one_is_back(own):
+    may_build = threading.Event()
+
+    def build():
+        assert may_build.wait(20)
+        return demo_engine()
+
+    running = own(build=build, replicas=2)
+    for _ in range(2):
+        die(running)
+        dying = running.host.llm
+        assert running.post(TEXT, **LONG).status_code == 503
+        eventually(lambda dying=dying: dying.death is not None)
+    assert running.client.get("/health").json()["status"] == "dead"
+    assert running.client.get("/api/status").json()["state"] == "dead"
+    refused = running.post(TEXT, prompt="a").json()["error"]
+    assert "it is being started again" in refused["message"]
+    may_build.set()
+    eventually(lambda: running.client.get("/api/status").json()["state"] == "ok", 30)
+    assert running.post(TEXT, prompt="a").status_code == 200
+    assert running.host.restarts == 2
+
+
 def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
     running = own()
     thread, whole = in_thread(running, **LONG)
@@ -148,6 +205,27 @@ def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server(own):
     assert error_of(rest)["code"] == "engine_dead"
     thread.join()
     assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "engine_dead")
+    running.join()
+    assert running.server.status == 1
+
+
+def test_of_several_one_that_dies_and_stays_dead_lets_the_others_finish_and_ends_the_server(own):
+    running = own(replicas=2, shutdown_timeout=20)
+    ask = {**LONG, "stream": True}
+    with (
+        running.client.stream("POST", TEXT, json=ask) as first,
+        running.client.stream("POST", TEXT, json={**ask, "max_tokens": 300}) as second,
+    ):
+        lines = [first.iter_lines(), second.iter_lines()]
+        for each in lines:
+            next(each)
+        assert [llm.open_requests for llm in running.host.llms] == [1, 1]
+        die(running)
+        assert error_of([line for line in lines[0] if line])["code"] == "engine_dead"
+        assert httpx.get(running.url + "/health").json() == {"status": "degraded"}
+        eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
+        rest = [line for line in lines[1] if line]
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     running.join()
     assert running.server.status == 1
 

@@ -53,12 +53,12 @@ def output(tokens, reason=None, timing=None, prompt=5, index=0):
 
 @pytest.fixture
 def metrics():
-    return ServerMetrics(Engine, "demo")
+    return ServerMetrics(lambda: [Engine()], "demo")
 
 
 def test_every_number_of_the_engine_is_shown():
     stats = {name: at + 1 for at, name in enumerate(EngineStats.__struct_fields__)}
-    values = values_of(ServerMetrics(lambda: Engine(**stats), "demo"))
+    values = values_of(ServerMetrics(lambda: [Engine(**stats)], "demo"))
     shown = {m.name: values[m.name + "_total" * (m.kind == "counter"),] for m in ENGINE_METRICS}
     assert shown["vllm:num_requests_running"] == stats["running"]
     assert shown["vllm:prefix_cache_hits"] == stats["prefix_hits"]
@@ -81,7 +81,7 @@ def test_every_metric_carries_the_model_and_the_engine(metrics):
 
 
 def test_two_servers_in_one_process_count_apart():
-    first, second = (ServerMetrics(Engine, name) for name in "ab")
+    first, second = (ServerMetrics(lambda: [Engine()], name) for name in "ab")
     with RequestWatch(first, SamplingParams()) as watch:
         watch.observe(output(3, "stop"))
     assert values_of(first)["vllm:request_success_total", "stop"] == 1
@@ -166,7 +166,8 @@ def test_a_histogram_counts_values_up_to_its_edges():
     for value in (0.5, 1, 1.5, 2, 9):
         histogram.observe(value)
     histogram.observe(2, times=3)
-    (family,) = [histogram.family({})]
+    family = histogram.family([])
+    histogram.add_to(family, [])
     by_edge = {s.labels["le"]: s.value for s in family.samples if "le" in s.labels}
     assert by_edge == {"1.0": 2, "2.0": 7, "+Inf": 8}
     assert token_counts(300) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
@@ -175,7 +176,7 @@ def test_a_histogram_counts_values_up_to_its_edges():
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
 async def test_a_scraper_gets_the_format_that_it_asks_for(accept):
     app = FastAPI()
-    app.include_router(ServerMetrics(Engine, "demo").router())
+    app.include_router(ServerMetrics(lambda: [Engine()], "demo").router())
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         response = await client.get("/metrics", headers={"Accept": accept})
@@ -185,6 +186,22 @@ async def test_a_scraper_gets_the_format_that_it_asks_for(accept):
     parse = openmetrics_families if accept else text_string_to_metric_families
     names = {family.name for family in parse(response.text)}
     assert {"vllm:num_preemptions", "vllm:time_to_first_token_seconds"} <= names
+
+
+def test_replicas_have_an_engine_label_each():
+    metrics = ServerMetrics(lambda: [Engine(running=1), Engine(running=2)], "demo")
+    with RequestWatch(metrics, SamplingParams(), engine=1) as watch:
+        watch.observe(output(3, "stop"))
+    values = {}
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        for sample in family.samples:
+            labels = sample.labels
+            key = (sample.name, labels.get("engine"), labels.get("finished_reason"))
+            values.setdefault(key, sample.value)
+    running = [values["vllm:num_requests_running", engine, None] for engine in "01"]
+    finished = [values["vllm:request_success_total", engine, "stop"] for engine in "01"]
+    tokens = [values["vllm:request_generation_tokens_sum", engine, None] for engine in "01"]
+    assert (running, finished, tokens) == ([1, 2], [0, 1], [0, 3])
 
 
 async def test_a_server_counts_what_its_clients_got():

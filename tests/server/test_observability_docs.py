@@ -19,7 +19,7 @@ class Engine:
 
 
 def test_the_table_lists_every_metric_and_its_type_and_no_other():
-    metrics = ServerMetrics(Engine, "demo")
+    metrics = ServerMetrics(lambda: [Engine()], "demo")
     metrics.responses["/", "200"] += 1
     families = text_string_to_metric_families(metrics.text().decode())
     given = {f.name + "_total" * (f.type == "counter"): f.type for f in families}
@@ -27,7 +27,7 @@ def test_the_table_lists_every_metric_and_its_type_and_no_other():
 
 
 def test_the_table_has_the_labels_that_it_says():
-    metrics = ServerMetrics(Engine, "demo")
+    metrics = ServerMetrics(lambda: [Engine()], "demo")
     metrics.responses["/", "200"] += 1
     for family in text_string_to_metric_families(metrics.text().decode()):
         labels = {name for sample in family.samples for name in sample.labels} - {"le"}

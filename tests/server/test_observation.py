@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from observed_app import deployed, observed_app
 
+from autodeploy.cli.main import own_logging
 from autodeploy.errors import ConfigError
 from autodeploy.server.logs import set_up_logging
 from autodeploy.server.observation import Observation
@@ -26,12 +27,11 @@ PROMPT = "a prompt that nobody else reads"
 @pytest.fixture
 def logs():
     """Set-up of logging that is undone."""
-    loggers = [logging.getLogger(n) for n in (None, "autodeploy", "uvicorn", "uvicorn.access")]
-    before = [(log, log.level, log.handlers[:], log.disabled) for log in loggers]
     stream = io.StringIO()
-    yield lambda log_format, level=logging.INFO: (set_up_logging(log_format, level, stream), stream)
-    for log, level, handlers, disabled in before:
-        log.level, log.handlers[:], log.disabled = level, handlers, disabled
+    with own_logging(False):
+        yield lambda log_format, level=logging.INFO: (
+            set_up_logging(log_format, level, stream), stream
+        )  # fmt: skip
 
 
 def client_of(app):
@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_is_an_abort(logs):
                 left.set()
 
         await app(scope, receive, send)
-        assert app.state.metrics.finished["abort"] == 1
+        assert app.state.metrics.requests[0].finished["abort"] == 1
         while llm.open_requests:
             await asyncio.sleep(0.01)
     line = json.loads(stream.getvalue().splitlines()[-1])

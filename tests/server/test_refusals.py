@@ -102,6 +102,28 @@ def test_a_body_that_is_no_request_is_a_400(server, body):
     refused(response, 400)
 
 
+def test_another_method_is_a_405_that_tells_all_that_are_taken(server):
+    for path, taken in ((TEXT, "POST"), ("/v1/responses/x", "DELETE, GET"), ("/health", "GET")):
+        response = server.client.put(path)
+        refused(response, 405)
+        assert response.headers["allow"] == taken
+
+
+@pytest.mark.parametrize("levels", [70, 400])
+@pytest.mark.parametrize("field", ["response_format", "tools"])
+def test_a_schema_nested_too_deep_is_a_400(server, field, levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
+    asked = {
+        "response_format": {"response_format": form},
+        "tools": {"tools": [tool], "tool_choice": "required"},
+    }[field]
+    refused(server.post(CHAT, **ASKED, **asked), 400)
+
+
 def test_unknown_fields_are_refused_as_openai_does(server):
     message = refused(
         server.post(TEXT, prompt="a", temprature=1), 400, param="temprature",

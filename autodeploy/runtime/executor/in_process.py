@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ...errors import EngineDeadError, InvalidRequestError
-from ..messages import EngineDied, EngineEvent, EngineReady, EngineRequest
+from ..messages import EngineDied, EngineEvent, EngineRequest
 from .base import BuildEngine, dead_error, refusal
 
 _log = logging.getLogger("autodeploy")
@@ -25,12 +25,7 @@ class InProcessExecutor:
         self._refused: list[EngineEvent] = []
         self._died: EngineDied | None = None
         self._closed = False
-        self.ready = EngineReady(
-            vocab_size=self._engine.vocab_size,
-            max_model_len=self._engine.max_model_len,
-            summary=self._engine.summary,
-            cost=self._engine.cost,
-        )
+        self.ready = self._engine.ready()
 
     def submit(self, request: EngineRequest) -> None:
         with self._work:

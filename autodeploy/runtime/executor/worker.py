@@ -167,8 +167,10 @@ class WorkerExecutor:
 
     def _send(self, message: FromFront) -> None:
         self._outbox.append(self._encoder.encode(message))
-        self.wake()
         self._send_if_free()
+        if self._outbox:
+            # Another thread holds the socket, and may be asleep.
+            self.wake()
 
     def _send_if_free(self) -> None:
         """Sends what waits, unless another thread holds the socket: that one will."""

@@ -22,7 +22,8 @@ class ChatRequest(SamplingFields):
     """Passed to the chat template."""
     modalities: list[str] | None = None
 
-    # Told to nobody: of OpenAI's bookkeeping, its caches and its tariffs.
+    # Told to nobody: of OpenAI's own models, its bookkeeping, its caches and its tariffs.
+    verbosity: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None

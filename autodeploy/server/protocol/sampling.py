@@ -13,31 +13,29 @@ _AS_THEY_ARE = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
     "ignore_eos", "min_tokens", "skip_special_tokens", "bad_words", "allowed_token_ids",
-    "prompt_logprobs",
+    "prompt_logprobs", "max_tokens",
 )  # fmt: skip
 
 
-class SamplingFields(Request):
-    """What completions and chat have in common. None: what the checkpoint says, then vLLM's
-    default."""
+class TokenFields(Request):
+    """How tokens are chosen, on every endpoint that generates. None: what the checkpoint says, then
+    vLLM's default."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    user: str | None = None
+    """Told to nobody."""
+
+    # OpenAI's on some endpoints, vLLM's on all.
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    max_tokens: int | None = None
-    user: str | None = None
-    """Told to nobody."""
 
     # vLLM's extras.
-    best_of: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -48,12 +46,16 @@ class SamplingFields(Request):
     skip_special_tokens: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: str | None = None
     """Prefixes are shared with requests of the same salt only; one per tenant keeps them apart."""
-    return_token_ids: bool | None = None
-    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """Fields of StructuredOutputsParams: one of json, regex, choice, grammar and json_object."""
+    guided_json: str | dict[str, Any] | None = None
+    """Older name of structured_outputs.json, as the next three are of its others."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
         """The fields that were given, over `defaults`; `changes` are the endpoint's own.
@@ -62,12 +64,11 @@ class SamplingFields(Request):
             SamplingParamsError: a value is out of range, or two contradict each other.
             ApiError: a field cannot be served.
         """
-        given = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        known = type(self).model_fields
+        given = {name: getattr(self, name) for name in _AS_THEY_ARE if name in known}
         given = {name: value for name, value in given.items() if value is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        if self.max_tokens is not None:
-            given["max_tokens"] = self.max_tokens
         return defaults.clone(**{**given, **changes})
 
     def check_limits(self, config: ServerConfig) -> None:
@@ -76,15 +77,6 @@ class SamplingFields(Request):
         Raises:
             ApiError: 400, with the field's name.
         """
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise invalid(
-                f"best_of={self.best_of} is not served; ask for n sequences and take the best",
-                "best_of",
-            )
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options is allowed only with stream=true", "stream_options")
-        _at_most("n", self.n, config.max_n)
-        _at_most("prompt_logprobs", self.prompt_logprobs, config.max_logprobs)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for name, strings in (("stop", stop), ("bad_words", self.bad_words or [])):
             if len(strings) > config.max_stop_strings:
@@ -100,6 +92,33 @@ class SamplingFields(Request):
                     f"{config.max_stop_length}",
                     name,
                 )
+
+
+class SamplingFields(TokenFields):
+    """What completions and chat have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
+
+    # vLLM's extras.
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+
+    def check_limits(self, config: ServerConfig) -> None:
+        """As every endpoint's, and those of several sequences."""
+        super().check_limits(config)
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise invalid(
+                f"best_of={self.best_of} is not served; ask for n sequences and take the best",
+                "best_of",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is allowed only with stream=true", "stream_options")
+        _at_most("n", self.n, config.max_n)
+        _at_most("prompt_logprobs", self.prompt_logprobs, config.max_logprobs)
 
     @property
     def sequences_per_prompt(self) -> int:

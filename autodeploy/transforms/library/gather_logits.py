@@ -20,10 +20,10 @@ from ..transform import Site, Transform, is_call, register_transform
 
 aten = torch.ops.aten
 
-# Ops that treat every row alike, so that picking rows before or after them is the same.
-_ROWWISE = frozenset(
+ROWWISE = frozenset(
     {aten.squeeze.dim, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten._to_copy.default}
 )
+"""Ops that treat every row alike, so that picking rows before or after them is the same."""
 
 
 @register_transform("gather_logits")
@@ -70,7 +70,7 @@ def _chain_to_linear(gather: fx.Node) -> list[fx.Node] | None:
                 if len(node.args) == 2 or node.args[2] is None or isinstance(node.args[2], fx.Node)
                 else None
             )
-        if not is_call(node, *_ROWWISE) or any(isinstance(a, fx.Node) for a in node.args[1:]):
+        if not is_call(node, *ROWWISE) or any(isinstance(a, fx.Node) for a in node.args[1:]):
             return None
         node = node.args[0]
     return None
