@@ -262,7 +262,9 @@ def test_tilings_fit_and_fill_the_device():
                 tiling = tiling_of(tokens, rows, width, gated)
                 if tiling.kernel != "dot":
                     continue
-                tiles = tiling.block_n * (2 if gated else 1) + skinny_config.padded(tokens)
+                tiles = tiling.block_n * (2 if gated else 1) + (
+                    tiling.block_m or skinny_config.padded(tokens)
+                )
                 assert tiling.stages * 2 * tiling.block_k * tiles <= skinny_config.SHARED_BYTES
                 assert tiling.stages >= 2
                 assert tiling.block_n >= 16
@@ -278,7 +280,11 @@ def test_parts_are_equal_and_no_more_than_asked_for():
                 assert tiling.split == 1 or width % (tiling.block_k * tiling.split) == 0
                 assert tiling.split == 1 or tiles * tiling.split <= 132
                 rows_of_tile = tiling.block_n * (2 if gated else 1)
-                stage = 2 * tiling.block_k * (rows_of_tile + skinny_config.padded(tokens))
+                stage = (
+                    2
+                    * tiling.block_k
+                    * (rows_of_tile + (tiling.block_m or skinny_config.padded(tokens)))
+                )
                 assert tiling.stages >= 2
                 assert tiling.stages * stage <= skinny_config.SHARED_BYTES
 

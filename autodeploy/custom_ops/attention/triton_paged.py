@@ -82,7 +82,11 @@ def decode_tiles(
     if width * itemsize > 256:
         # Blocks of 8 KiB would have 16 keys: with them a step of 34 layers, 64 sequences of 576 and
         # 4 heads of 256 took 0.6 ms longer than with 32 keys and four stages.
+        # Few programs again: 64 sequences, 2 and 4 heads of 256 27 (40) and 43 (58).
         block, stages = 16384, 4
+        if heads <= programs // 3 * 2 and width * itemsize == 512:
+            warps = 8 if heads <= programs // 3 or rows > 32 else warps
+            return DecodeTiles(64, 1, programs // 3 * 2, warps, 3 if warps == 8 else 2, known=True)
     elif heads <= programs:
         block, stages = 8192, 5
     elif heads > 2 * programs and rows == 16:

@@ -31,33 +31,6 @@ def norm_and_gate(y, gate, weight, eps, WIDTH: tl.constexpr, NARROW: tl.constexp
     return y * (gate * tl.sigmoid(gate))
 
 
-@triton.jit
-def prefetch_state(
-    state, state_slot, sequences, slot_stride, AHEAD: tl.constexpr, NUMBERS: tl.constexpr
-):  # fmt: skip
-    """Asks for the NUMBERS of the state of the program AHEAD later to be brought to the L2 cache.
-
-    Programs are numbered by heads, then sequences; the last ones ask for what is there already.
-    """
-    PIECE: tl.constexpr = NUMBERS // 8
-    later = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + AHEAD
-    sequence = tl.minimum(later // tl.num_programs(0), sequences - 1)
-    slot = tl.load(state_slot + sequence).to(tl.int64)
-    start = state + slot * slot_stride + later % tl.num_programs(0) * NUMBERS
-    # Threads of a warp take turns at this, so few of them ask, each for much.
-    lane = tl.arange(0, 128)
-    address = start + lane // 16 * PIECE
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [address.to(tl.int64), tl.where(lane % 16 == 0, 4 * PIECE, 0)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["sequences", "eps"])
 def conv_delta_kernel(
     x, conv_weight, conv_bias, g, beta, a_log, dt_bias, gate, norm_weight, conv_state, state,
@@ -66,14 +39,13 @@ def conv_delta_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_GATES: tl.constexpr, HAS_NORM: tl.constexpr,
-    NORMALIZE: tl.constexpr, AHEAD: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK of its VALUES; all of them if there is a norm.
 
     There are as many rows as sequences; those past the last token become zeros. Programs that
     share keys count themselves in `arrivals`: the last one to have read the old inputs of the
-    convolution overwrites them. AHEAD: each program asks for the state of the one that comes so
-    many later, if not 0, to be in the L2 cache when that starts.
+    convolution overwrites them.
     """
     blocks: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
     sharing: tl.constexpr = HEADS // GROUPS * blocks
@@ -90,9 +62,7 @@ def conv_delta_kernel(
     place = state + slot * slot_stride + head * KEYS * VALUES
     place = place + key[:, None] * VALUES + channel[None, :]
     mask = held[:, None] & inside[None, :]
-    kept = tl.load(place, mask=mask & has_past, other=0.0, eviction_policy=STREAM)
-    if AHEAD > 0:
-        prefetch_state(state, state_slot, sequences, slot_stride, AHEAD, KEYS * VALUES)
+    kept = tl.load(place, mask=mask & has_past, other=0.0)
     end = tl.load(cu_q + sequences)
     q_column = group * KEYS + key
     k_column = q_column + GROUPS * KEYS
@@ -153,7 +123,7 @@ def conv_delta_kernel(
         v3, v2, v1 = v2, v1, v0
         token += 1
 
-    tl.store(place, kept, mask=mask & (stop > start), eviction_policy=STREAM)
+    tl.store(place, kept, mask=mask & (stop > start))
     keep_inputs(row, v_column, inside & (stop > start), v1, v2, v3, TAPS)
     last = stop > start
     if sharing > 1:

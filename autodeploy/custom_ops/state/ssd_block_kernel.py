@@ -4,18 +4,17 @@ import triton
 import triton.language as tl
 
 from .packed_kernel import sequence_span
-from .ssd_kernel import rate_of, silu, time_step
+from .ssd_kernel import rate_of, time_step
 
 
 @triton.jit(do_not_specialize=["dt_min", "dt_max"])
 def ssd_block_kernel(
-    x, dt, A, B, C, D, dt_bias, gate, state, cu_q, kv_len, state_slot, out,
-    x_stride, dt_stride, b_stride, c_stride, gate_stride, slot_stride, dt_min, dt_max,
+    x, dt, A, B, C, D, dt_bias, state, cu_q, kv_len, state_slot, out,
+    x_stride, dt_stride, b_stride, c_stride, slot_stride, dt_min, dt_max,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     LEAST_TOKENS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LOG_RATES: tl.constexpr, HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_RATES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence of LEAST_TOKENS or more, head and BLOCK of the head's WIDTH."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
@@ -70,9 +69,6 @@ def ssd_block_kernel(
         until_end = writes * tl.exp(whole - since_start)[:, None]
         added = tl.dot(tl.trans(inputs), until_end, input_precision=PRECISION)
         kept = kept * tl.exp(whole) + added
-        if HAS_GATE:
-            opening = gate + row[:, None] * gate_stride + column[None, :]
-            result = result * silu(tl.load(opening, mask=wide, other=0.0))
         target = out + row[:, None] * (HEADS * WIDTH) + column[None, :]
         tl.store(target, result, mask=wide)
         first += BLOCK_TOKENS

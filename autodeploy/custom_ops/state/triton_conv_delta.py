@@ -18,10 +18,6 @@ _MOST_TAPS = 4
 # Numbers of a head's state that one program holds: all of it where a norm needs all values.
 _MOST_STATE = 256 * 128
 _TILE = 4096
-# Programs that a multiprocessor holds at a time: of four warps with all registers a thread has.
-_RESIDENT = 2
-# A state of a multiple of so many numbers is asked for in 8 parts of a multiple of 16 bytes.
-_PIECES = 8 * 4
 # Numbers that one program of the kernels around a prompt's recurrence works on.
 _ROWS_TILE = 4096
 
@@ -65,8 +61,6 @@ def delta_layer(
     num_warps: int = 4,
     tile: int = _TILE,
     registers: int = 0,
-    ahead: int = -1,
-    stream: str = "",
 ) -> Tensor:
     """As `conv_delta_rule`; at most 4 taps, 32768 numbers in the state of a head."""
     heads, keys, values = delta_state.shape[1:]
@@ -94,11 +88,6 @@ def delta_layer(
     if norm_weight is None:
         block = min(block, max(8, tile // block_keys))
     options = launch_options() | ({"maxnreg": registers} if registers else {})
-    if ahead < 0:
-        ahead = _RESIDENT * gpu.multiprocessors()
-    whole = block == values and keys * values % _PIECES == 0
-    if not options["PDL"] or not whole or ahead >= sequences * heads or state.data_ptr() % 16:
-        ahead = 0
     # An absent tensor is never read; any pointer stands for it.
     conv_delta_kernel[(heads * -(-values // block), sequences)](
         x, weight, weight if conv_bias is None else conv_bias, g, beta,
@@ -110,7 +99,7 @@ def delta_layer(
         TAPS=weight.shape[1], HAS_BIAS=conv_bias is not None,
         ACTIVATION={"swish": "silu", None: "linear"}.get(activation, activation),
         HAS_GATES=a_log is not None, HAS_NORM=norm_weight is not None, NORMALIZE=qk_l2norm,
-        AHEAD=ahead, STREAM=stream, num_warps=num_warps, **options,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

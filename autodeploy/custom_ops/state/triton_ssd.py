@@ -12,13 +12,12 @@ from .ssd_scan import cached_ssd_scan
 
 # Numbers of the state that one program holds.
 _TILE = 4096
-# Five programs share a multiprocessor; a gate would take more, and one program fewer would fit.
-_REGISTERS = 96
 # Sequences with more new tokens than this are scanned in blocks of tokens.
 _STEPS = 8
 _BLOCK_TOKENS = 64
 _BLOCK_WIDTH = 32
 _BLOCK_WARPS = 8
+_GATE_BLOCK = 1024
 # Largest state for which a block of tokens fits next to it.
 _BLOCK_STATE = 256
 
@@ -50,7 +49,6 @@ def scan_heads(
     num_warps: int = 4,
     gate: Tensor | None = None,
     log_rates: bool = False,
-    registers: int = _REGISTERS,
 ) -> Tensor:
     """As `cached_ssd_scan`; N at most 1024. gate and log_rates: as for `conv_ssd_scan`."""
     from .ssd_block_kernel import ssd_block_kernel
@@ -61,16 +59,14 @@ def scan_heads(
     x, dt, B, C = (whole_rows(tensor) for tensor in (x, dt, B, C))
     state = check_rows(ssm_state)
     out = new_output(x, (tokens, heads, width), torch.float32, sequences)
-    opening = x if gate is None else whole_rows(gate)
-    operands = (x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, opening,
-                state, cu_q, kv_len, state_slot, out)  # fmt: skip
-    scalars = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), opening.stride(0),
-               state.stride(0), float(dt_min), float(dt_max))  # fmt: skip
+    operands = (x, dt, A, B, C, A if D is None else D, A if dt_bias is None else dt_bias, state,
+                cu_q, kv_len, state_slot, out)  # fmt: skip
+    scalars = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), state.stride(0),
+               float(dt_min), float(dt_max))  # fmt: skip
     block_state = power_of_two(entries)
     form = {
         "HEADS": heads, "GROUPS": groups, "WIDTH": width, "STATE": entries, "HAS_D": D is not None,
         "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus, "LOG_RATES": log_rates,
-        "HAS_GATE": gate is not None,
     } | launch_options()  # fmt: skip
     block = min(power_of_two(width), max(1, tile // block_state))
     # As many rows as sequences is decoding; a longer sequence among empty ones goes this way too.
@@ -78,7 +74,7 @@ def scan_heads(
     ssd_step_kernel[(heads * -(-width // block), sequences)](
         *operands, sequences, *scalars, BLOCK=block, BLOCK_STATE=block_state,
         MOST_TOKENS=1 << 30 if decoding else _STEPS, FILL=tokens == sequences,
-        num_warps=num_warps, **form, **({"maxnreg": registers} if registers else {}),
+        num_warps=num_warps, **form,
     )  # fmt: skip
     if not decoding:
         block = min(_BLOCK_WIDTH, max(16, power_of_two(width)))
@@ -88,4 +84,16 @@ def scan_heads(
             BLOCK_TOKENS=16 if exact else _BLOCK_TOKENS, LEAST_TOKENS=_STEPS + 1,
             PRECISION="ieee" if exact else "tf32", num_warps=_BLOCK_WARPS, **form,
         )  # fmt: skip
+    if gate is not None and tokens:
+        _open(out.view(tokens, heads * width), whole_rows(gate))
     return out
+
+
+def _open(out: Tensor, gate: Tensor) -> None:
+    """out [T, N] float32 times silu of gate [T, N], in place."""
+    from .ssd_kernel import gate_rows_kernel
+
+    tokens, width = out.shape
+    gate_rows_kernel[(tokens, -(-width // _GATE_BLOCK))](
+        out, gate, width, gate.stride(0), BLOCK=_GATE_BLOCK, num_warps=4, **launch_options()
+    )

@@ -101,18 +101,7 @@ class _Worker:
 
     def run(self) -> None:
         engine = self._engine
-<<<<<<< HEAD
         self._send([engine.ready()])
-        trim = _memory_trim(engine.summary.get("device", ""))
-=======
-        ready = EngineReady(
-            vocab_size=engine.vocab_size,
-            max_model_len=engine.max_model_len,
-            summary=engine.summary,
-            cost=engine.cost,
-        )
-        self._send([ready])
->>>>>>> fasthttp5
         steps = 0
         while True:
             self._take_messages(wait=not engine.has_work)
