@@ -1,7 +1,7 @@
 """A chrome trace of steady decode steps, and from it how busy host and GPU are.
 
-Host: wall time of a step less what the host waits in CUDA's synchronise calls; without a GPU, the
-whole step. Part of it is the driver's, which takes the longer to launch a graph the more kernels
+Host: time between the ends of two waits less what the host waits in CUDA's synchronise calls, all
+by the profiler's clock, which is not quite the system's; without a GPU, the whole step. Part of it is the driver's, which takes the longer to launch a graph the more kernels
 are in it. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
 slows the host down: its own time without a profiler is `host_us` of the same row (`latency.py`).
 """
@@ -72,19 +72,33 @@ def _figures(profiler: profile, times: list[float]) -> dict[str, Any]:
     steps = len(times) - 1
     window = 1e6 * (times[-1] - times[0])
     events = profiler.events() or []
-    waited = sum(e.time_range.elapsed_us() for e in events if e.name in _WAITS)
-    launched = sum(e.time_range.elapsed_us() for e in events if e.name == _LAUNCH)
+    host, launched = _host(events, steps) or (window, 0.0)
     on_gpu = [e.time_range for e in events if e.device_type == DeviceType.CUDA]
     busy = _union((r.start, r.end) for r in on_gpu)
     return {
         "steps": steps,
         "step_ms": window / steps / 1000,
-        "host_ms": (window - waited) / steps / 1000,
+        "host_ms": host / steps / 1000,
         "launch_ms": launched / steps / 1000,
         "gpu_ms": busy / steps / 1000,
         "gpu_busy": busy / window if on_gpu else None,
         "gpu_kernels": len(on_gpu) / steps,
     }
+
+
+def _host(events: list[Any], steps: int) -> tuple[float, float] | None:
+    """Microseconds in `steps` steps that the host is busy, and those it spends launching graphs."""
+    waits = sorted((e.time_range.start, e.time_range.end) for e in events if e.name in _WAITS)
+    if len(waits) < 2:
+        return None
+    begin, end = waits[0][1], waits[-1][1]
+    launches = [
+        e.time_range.elapsed_us() for e in events
+        if e.name == _LAUNCH and begin <= e.time_range.start <= end
+    ]  # fmt: skip
+    busy = end - begin - sum(stop - start for start, stop in waits[1:])
+    seen = len(launches) or steps
+    return busy * steps / seen, sum(launches) * steps / seen
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:
