@@ -38,11 +38,14 @@ def demo_with_tools(folder: Path) -> str:
 
 
 class Served:
-    """A server of the demo model with some flags, until `end`."""
+    """A server of the demo model with some flags, until `end`.
 
-    def __init__(self, *flags, model=DEMO):
+    environment: variables besides those of this process.
+    """
+
+    def __init__(self, *flags, model=DEMO, environment=()):
         command = [sys.executable, "-m", "autodeploy", "serve", *([model] if model else [])]
-        environment = {**os.environ, "AUTODEPLOY_API_KEY": KEY}
+        environment = {**os.environ, "AUTODEPLOY_API_KEY": KEY, **dict(environment)}
         # Not a pipe: a full one would stop a server that writes a line per request.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(
