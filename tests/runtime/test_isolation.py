@@ -39,7 +39,8 @@ runners, answers, aborted = {}, {}, Counter()
 
 def runner_of(name):
     if name not in runners:
-        model = tiny_model(name, vocab_size=VOCABULARY)
+        # With tied weights a tiny model says its last token again and again.
+        model = tiny_model(name, vocab_size=VOCABULARY, tie_word_embeddings=False)
         runners[name] = build_runner(model, load_recipe("default")).runner
     return runners[name]
 
@@ -180,7 +181,9 @@ PARAMS = st.fixed_dictionaries(
         "logprobs": st.integers(0, 2),
         "prompt_logprobs": st.integers(0, 1),
         "repetition_penalty": st.just(1.4),
-        "structured_outputs": st.sampled_from([Structured(regex="[a-f]{3,9}"), Structured(choice=["yes", "no"])]),
+        "structured_outputs": st.sampled_from(
+            [Structured(regex="[a-f]{3,9}"), Structured(choice=["yes", "no"])]
+        ),
     },
 )
 PROMPTS = st.builds(
@@ -194,14 +197,17 @@ ASKED = st.tuples(
     st.integers(-1, 1),  # its priority
     st.sampled_from(SALTS),
     st.sampled_from([1, 1, 1, 3]),  # how many sequences
-    st.none() | st.integers(0, 30),  # the step at which it is aborted
+    st.none() | st.integers(0, 10),  # how many steps later it is aborted
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", WAYS)
 @settings(
-    max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate],
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 @given(st.lists(ASKED, min_size=10, max_size=16), st.sampled_from([13, 16, 24]))
@@ -211,7 +217,8 @@ def test_who_else_comes_and_goes_never_shows_in_an_answer(name, way, asked, num_
         for sequence in range(n):
             one = f"{number}-{sequence}"
             fields = {"seed": 100 * number + sequence, "priority": priority, "cache_salt": salt}
-            workload.append((request_of(one, prompt, params, **fields), arrival, abort))
+            at = None if abort is None else arrival + abort
+            workload.append((request_of(one, prompt, params, **fields), arrival, at))
             expected[one] = alone(name, prompt, params, fields["seed"])
     engine = engine_of(name, way, num_pages)
     for one, found in serve(engine, workload).items():
@@ -223,7 +230,7 @@ def test_who_else_comes_and_goes_never_shows_in_an_answer(name, way, asked, num_
 
 
 def test_those_aborts_met_requests_in_every_phase():
-    assert all(aborted[phase] > 5 for phase in PHASES), aborted
+    assert all(aborted[phase] > 3 for phase in PHASES), aborted
 
 
 PROMPT = [*range(50, 50 + 4 * PAGE), 7]
@@ -236,7 +243,7 @@ def cached(engine, name, salt):
     return engine.stats().prefix_hits - before, found
 
 
-GREEDY = {"temperature": 0.0, "max_tokens": 6}
+GREEDY = {"temperature": 0.0, "max_tokens": 6, "logprobs": 1}
 # The last two look like what is hashed for other salts, or like tokens of a page.
 ODD_SALTS = [
     None, "", " ", "salt ", "length 4 ", "x" * 100_000, "x" * 99_999, "é", "e\u0301", "\0", "\0\0",
@@ -270,4 +277,5 @@ def test_pages_of_one_salt_do_not_reach_the_answers_of_another_whatever_is_in_th
     # That the numbers were where they matter:
     hits, found = cached(engine, "again", "A")
     assert hits == 4 * PAGE
-    assert found[0] != expected[0]
+    with pytest.raises(AssertionError):
+        assert_same(found, expected, cut=False)

@@ -51,6 +51,9 @@ class Kill:
     """One SIGKILL. Seconds count from it."""
 
     way: str
+    pid: int
+    at: float
+    """By `time.perf_counter`."""
     open: int = 0
     """Requests without their end at that moment."""
     failed: int = 0
@@ -144,7 +147,8 @@ def _shared_memory():
 
 class _Chaos:
     def __init__(self, served, clients, replicas, seed, most_wait):
-        self.pid, self.replicas, self.most_wait = served.process.pid, replicas, most_wait
+        self.served, self.pid = served, served.process.pid
+        self.replicas, self.most_wait = replicas, most_wait
         self.address = Address.of(served.url, KEY)
         self.connections = Connections(self.address)
         self.clients, self.random = clients, Random(seed)
@@ -274,7 +278,7 @@ class _Chaos:
                 if down:
                     lengths.append(round(time.perf_counter() - down, 3))
                 down = None
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
     # Kills.
 
@@ -302,8 +306,7 @@ class _Chaos:
 
     def kill(self, way, pid):
         os.kill(pid, signal.SIGKILL)
-        kill = Kill(way, open=len(self.open))
-        kill.at, kill.pid = time.perf_counter(), pid
+        kill = Kill(way, pid, time.perf_counter(), open=len(self.open))
         self.outcome.kills.append(kill)
         self.watched = kill
 
@@ -329,18 +332,12 @@ class _Chaos:
         deadline = time.perf_counter() + PATIENCE_SECONDS
         while not (found := condition()):
             assert time.perf_counter() < deadline, "it did not come about"
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
         return found
 
     def engines(self):
-        """Process ids of the engines that live."""
-        found = []
-        for child in psutil.Process(self.pid).children():
-            with suppress(psutil.Error):
-                alive = child.status() != psutil.STATUS_ZOMBIE
-                if alive and "spawn_main" in " ".join(child.cmdline()):
-                    found.append(child.pid)
-        return found
+        """Process ids of the engines that live, ready or not."""
+        return [engine.pid for engine in self.served.engines()]
 
     # What stays.
 

@@ -248,8 +248,29 @@ def test_an_engine_that_dies_is_started_again_if_that_is_the_policy(own):
         assert error_of([line for line in lines if line])["code"] == "engine_dead"
     for path in ("/health", "/ready"):
         assert running.client.get(path).status_code == 503
-    assert running.post(TEXT, prompt="a").status_code == 503
+    refused = running.post(TEXT, prompt="a")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     may_build.set()
     eventually(lambda: running.client.get("/health").status_code == 200)
     assert running.post(TEXT, prompt="a").status_code == 200
     assert running.host.restarts == 1
+
+
+def test_a_server_that_stops_does_not_wait_for_an_engine_that_is_being_built(own):
+    building, may_build, built = threading.Event(), threading.Event(), []
+
+    def build():
+        building.set()
+        assert may_build.wait(60)
+        built.append(demo_engine())
+        return built[0]
+
+    running = own(build=build)
+    die(running)
+    assert running.post(TEXT, **LONG).status_code == 503
+    assert building.wait(20)
+    running.stop()
+    running.join()
+    assert running.server.status == 0
+    may_build.set()
+    eventually(lambda: built and built[0].death is not None, 30)

@@ -10,6 +10,7 @@ messages in the outbox.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -75,6 +76,8 @@ class WorkerExecutor:
         self._process = spawn.Process(
             target=run_worker, args=(self._bind(), level, build), daemon=True, name="autodeploy"
         )
+        # Where a thread builds, the program may end before the worker is ready.
+        atexit.register(self.shutdown)
         try:
             self._start()
             self.ready = self._wait_until_ready()
@@ -84,6 +87,8 @@ class WorkerExecutor:
         except BaseException:
             self.shutdown()
             raise
+        finally:
+            atexit.unregister(self.shutdown)
 
     @property
     def pid(self) -> int | None:
