@@ -1,8 +1,8 @@
 """No request sees another's tokens: real caches, few pages, and aborts at every moment.
 
-Whatever nobody owns is filled with NaN the moment it is given back, and once more when it is handed
-out, so that a read of a freed page, of a slot's old state, or past the end of one's own tokens shows
-in the answer. Every answer is compared with that of the request alone.
+Whatever nobody owns is filled with NaN when it is given back, and again when it is handed out, so
+that a read of a freed page, of a slot's old state, or past the end of one's own tokens shows in the
+answer. Every answer is compared with that of the request alone.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Engines are killed under load: everyone hears of it soon, nothing wrong is said, service is back."""
+"""Engines are killed under load: all hear of it soon, no answer is wrong, service is back."""
 
 import pytest
 from chaos import chaos

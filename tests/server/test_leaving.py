@@ -1,5 +1,6 @@
 """Clients that leave, requests that take too long, servers that stop, engines that die."""
 
+import asyncio
 import json
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 from running_server import RunningServer, demo_engine, eventually
 
 from autodeploy.errors import ConfigError
+from autodeploy.runtime.sampling_params import SamplingParams
 
 TEXT = "/v1/completions"
 EVERYWHERE = {
@@ -68,6 +70,29 @@ def test_a_reader_who_leaves_a_stream_frees_its_pages(server, fields):
 def test_a_client_who_gives_up_on_a_whole_answer_frees_its_pages(server, fields):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + TEXT, json={**LONG, "n": 4, **fields}, timeout=0.3)
+    idle(server)
+
+
+def test_at_most_one_step_begins_with_a_request_that_was_left(server, monkeypatch):
+    llm = server.host.llm
+    engine = llm._executor._engine
+    step, live = engine.step, []
+
+    def counted():
+        live.append(len(engine._requests))
+        return step()
+
+    async def leave():
+        outputs = llm.generate("a", SamplingParams(max_tokens=900, ignore_eos=True))
+        await anext(outputs)
+        await outputs.aclose()
+        return len(live)
+
+    monkeypatch.setattr(engine, "step", counted)
+    begun = asyncio.run(leave())
+    eventually(lambda: llm.open_requests == 0)
+    assert sum(live[begun:]) <= 1
+    monkeypatch.undo()
     idle(server)
 
 
