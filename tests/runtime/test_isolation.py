@@ -20,6 +20,7 @@ from autodeploy.runtime.device_step import DeviceStep
 from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.grammars import grammars_of
 from autodeploy.runtime.messages import EngineRequest, RequestFailed, one_by_one
+from autodeploy.runtime.pages import NULL_PAGE
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.runtime.structured_params import StructuredOutputsParams as Structured
@@ -27,7 +28,7 @@ from autodeploy.transforms.recipe import load_recipe
 
 VOCABULARY = 300
 PAGE = 4
-LONGEST = 48
+LONGEST = 64
 EOS = 1
 WAYS = ("one step after the other", "overlapped", "overlapped, staged for a device")
 MODELS = ("llama", "gemma3_text", "mamba2", "falcon_h1")
@@ -95,7 +96,7 @@ def spoil_when_moved(pool, caches, number):
         if place in pool._free:
             spoil(place)
 
-    for place in pool._free:
+    for place in (NULL_PAGE, *pool._free):
         spoil(place)
     pool.take, pool.release = take_spoiled, release_spoiled
 
@@ -181,6 +182,7 @@ PARAMS = st.fixed_dictionaries(
         "logprobs": st.integers(0, 2),
         "prompt_logprobs": st.integers(0, 1),
         "repetition_penalty": st.just(1.4),
+        "stop_token_ids": st.just(list(range(VOCABULARY // 2, VOCABULARY))),
         "structured_outputs": st.sampled_from(
             [Structured(regex="[a-f]{3,9}"), Structured(choice=["yes", "no"])]
         ),
@@ -197,33 +199,39 @@ ASKED = st.tuples(
     st.integers(-1, 1),  # its priority
     st.sampled_from(SALTS),
     st.sampled_from([1, 1, 1, 3]),  # how many sequences
-    st.none() | st.integers(0, 10),  # how many steps later it is aborted
+    st.none() | st.none() | st.integers(0, 16),  # how many steps later it is aborted
+    st.none() | st.integers(0, 9),  # which earlier one it goes on from: prompt and answer
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", WAYS)
 @settings(
-    max_examples=4,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-@given(st.lists(ASKED, min_size=10, max_size=16), st.sampled_from([13, 16, 24]))
+@given(st.lists(ASKED, min_size=10, max_size=16), st.sampled_from([17, 20, 28]))
 def test_who_else_comes_and_goes_never_shows_in_an_answer(name, way, asked, num_pages):
-    workload, expected = [], {}
-    for number, (prompt, params, arrival, priority, salt, n, abort) in enumerate(asked):
+    workload, expected, told = [], {}, []
+    for number, (prompt, params, arrival, priority, salt, n, abort, before) in enumerate(asked):
+        if before is not None and before < number and len(told[before]) < LONGEST // 2:
+            prompt = told[before] + prompt
+            arrival += 8
+            salt = asked[before][4]
         for sequence in range(n):
             one = f"{number}-{sequence}"
             fields = {"seed": 100 * number + sequence, "priority": priority, "cache_salt": salt}
             at = None if abort is None else arrival + abort
             workload.append((request_of(one, prompt, params, **fields), arrival, at))
             expected[one] = alone(name, prompt, params, fields["seed"])
+        told.append(prompt + expected[f"{number}-0"][0])
     engine = engine_of(name, way, num_pages)
     for one, found in serve(engine, workload).items():
         if found[3] in (None, "abort"):
-            assert asked[int(one.partition("-")[0])][-1] is not None
+            assert asked[int(one.partition("-")[0])][6] is not None
         assert_same(found, expected[one], cut=found[3] in (None, "abort"))
     assert engine._scheduler.tables.used == 0
     assert engine._scheduler.slots.available == engine._scheduler.config.max_num_seqs

@@ -58,8 +58,10 @@ class Kill:
     """Requests without their end at that moment."""
     failed: int = 0
     """Those of them that heard of it as an error."""
+    last_error: float = 0.0
+    """When the last of them had heard."""
     last_end: float = 0.0
-    """When the last of them had its answer or its error."""
+    """When the last of all had its end; with several replicas, those of the others go on."""
     back: float = 0.0
     """When a request sent after it was answered by an engine that was not killed."""
     answered_meanwhile: int = 0
@@ -72,6 +74,7 @@ class Kill:
 class Outcome:
     """Figures of a run. Sizes in MiB."""
 
+    replicas: int = 1
     kills: list[Kill] = field(default_factory=list)
     answered: int = 0
     refused: int = 0
@@ -92,11 +95,11 @@ class Outcome:
     log: str = ""
 
     @property
-    def longest_end(self):
-        return max(kill.last_end for kill in self.kills)
+    def longest_error(self):
+        return max(kill.last_error for kill in self.kills)
 
     def report(self):
-        said = {**asdict(self), "longest_end": self.longest_end}
+        said = {**asdict(self), "longest_error": self.longest_error}
         said["wrong"], said["causes"] = len(self.wrong), sorted(set(self.wrong))[:5]
         said["back_longest"] = max(kill.back for kill in self.kills)
         said["front_growth_mib"] = self.front_mib[-1] - self.front_mib[0]
@@ -152,7 +155,7 @@ class _Chaos:
         self.address = Address.of(served.url, KEY)
         self.connections = Connections(self.address)
         self.clients, self.random = clients, Random(seed)
-        self.outcome = Outcome()
+        self.outcome = Outcome(replicas)
         self.open = {}
         """When each open request was sent, by its number."""
         self.sent = 0
@@ -187,7 +190,6 @@ class _Chaos:
             for task in tasks:
                 task.cancel()
             self.connections.close()
-        await self.settled()
         self.outcome.after = self.holds()
         return self.outcome
 
@@ -235,7 +237,9 @@ class _Chaos:
         now = time.perf_counter()
         if kill is not None and began < kill.at:
             kill.last_end = now - kill.at
-            kill.failed += error is not None
+            if error is not None:
+                kill.failed += 1
+                kill.last_error = now - kill.at
         if error is None:
             self.outcome.answered += 1
             if kill is not None and began > kill.at:
@@ -344,26 +348,19 @@ class _Chaos:
     def holds(self):
         """Children, threads and open files of the server's process."""
         process = psutil.Process(self.pid)
+        clients = {connection.fd for connection in process.net_connections("tcp")}
         files = {}
         for number in os.listdir(f"/proc/{self.pid}/fd"):
+            if int(number) in clients:
+                continue
             with suppress(OSError):
-                kind = os.readlink(f"/proc/{self.pid}/fd/{number}").partition(":")[0]
+                kind = os.readlink(f"/proc/{self.pid}/fd/{number}").partition(":[")[0]
                 files[kind] = files.get(kind, 0) + 1
-        # Of clients.
-        files["socket"] -= len(process.net_connections("tcp")) - 1
         return {
             "children": len(process.children(recursive=True)),
             "threads": process.num_threads(),
-            "files": sum(files.values()),
+            "files": files,
         }
-
-    async def settled(self):
-        """Waits until the server has closed the connections of those that have gone."""
-        deadline = time.perf_counter() + 10
-        while len(psutil.Process(self.pid).net_connections("tcp")) > 2:
-            if time.perf_counter() > deadline:
-                return
-            await asyncio.sleep(0.05)
 
 
 def _text(answer):

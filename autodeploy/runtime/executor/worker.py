@@ -92,8 +92,8 @@ class WorkerExecutor:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process id."""
-        return self._process.pid
+        """The worker's process id; None once it has been shut down."""
+        return None if self._closed else self._process.pid
 
     def submit(self, request: EngineRequest) -> None:
         self._require_open()
@@ -134,6 +134,8 @@ class WorkerExecutor:
             self._context.term()
             self._wake_reader.close()
             self._wake_writer.close()
+            # Its pipes would stay open until the collector comes by.
+            self._process.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _bind(self) -> str:
