@@ -36,7 +36,7 @@ from autodeploy.bench.processes import resident_bytes
 
 PROMPTS = 48
 VOCABULARY = 4000
-WAYS = ("load", "prefill", "load", "start")
+WAYS = ("load", "prefill", "start")
 """When the engine is killed, in turn: under load, while a burst of long prompts is computed, or
 under load and once more while it is starting again."""
 BURST = 24
@@ -114,7 +114,6 @@ def chaos(kills, clients=100, replicas=1, seed=0, most_wait=3.0):
     most_wait: seconds, at most, between an engine's return and the next kill.
     """
     folder = tempfile.mkdtemp(prefix="chaos-")
-    shared = _shared_memory()
     served = Served(
         "--dtype", "float32", "--max-num-seqs", "32", "--max-num-batched-tokens", "512",
         "--kv-cache-memory-bytes", str(64 * MIB), "--on-engine-death", "restart",
@@ -140,12 +139,15 @@ def chaos(kills, clients=100, replicas=1, seed=0, most_wait=3.0):
     outcome.left = [f"process {p.pid}" for p in family if p.is_running()]
     # The other is PyTorch's, and meant to stay.
     outcome.left += [f"file {n}" for n in names if not n.startswith("torchinductor_")]
-    outcome.left += [f"shared memory {name}" for name in _shared_memory() - shared]
+    owners = {served.process.pid, *(kill.pid for kill in outcome.kills), *(p.pid for p in family)}
+    outcome.left += [f"shared memory {n}" for n in os.listdir("/dev/shm") if _owner(n) in owners]
     return outcome
 
 
-def _shared_memory():
-    return {n for n in os.listdir("/dev/shm") if n.startswith(("torch_", "psm_", "sem.mp"))}
+def _owner(name):
+    """Who made a piece of shared memory, by PyTorch's way to name it."""
+    found = re.match(r"torch_(\d+)_", name)
+    return int(found[1]) if found else None
 
 
 class _Chaos:
