@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 from . import errors
@@ -18,6 +21,7 @@ from .config import DeployConfig
 from .transforms.recipe import Recipe, load_recipe
 
 _log = logging.getLogger("autodeploy")
+_LOOK_SECONDS = 0.5
 _FIELDS = ("dtype", "device", "trust_remote_code")
 
 
@@ -34,7 +38,7 @@ def compile_in_child(config: DeployConfig, recipe: Recipe) -> str | None:
     }
     level = _log.getEffectiveLevel()
     child = subprocess.run(
-        [sys.executable, "-m", "autodeploy.compile_checkpoint", str(level)],
+        [sys.executable, "-m", "autodeploy.compile_checkpoint", str(level), str(os.getpid())],
         input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     lines = child.stdout.splitlines()
@@ -50,7 +54,8 @@ def compile_in_child(config: DeployConfig, recipe: Recipe) -> str | None:
 
 
 def main() -> None:
-    """The process: one request, one answer."""
+    """The process: one request, one answer; it ends with the one that asked."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     logging.basicConfig(level=int(sys.argv[1]), format="%(levelname)s %(message)s")
     request: dict[str, Any] = json.loads(sys.stdin.read())
     recipe = load_recipe(request.pop("recipe"))
@@ -60,6 +65,13 @@ def main() -> None:
     except errors.AutodeployError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(answer))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, which cannot say so when it is killed."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def _compile(config: DeployConfig, recipe: Recipe) -> str | None:

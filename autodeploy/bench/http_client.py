@@ -24,6 +24,7 @@ from .latencies import Served
 # Of every event with output; the one that tells the usage has an empty list. Inside of JSON's
 # strings quotes have backslashes.
 _OUTPUT = b'"choices":[{'
+_ERROR = b'data: {"error":'
 _CARRY = len(_OUTPUT) - 1
 _KEPT = 4096
 
@@ -204,8 +205,10 @@ class Connection(asyncio.Protocol):
             ended = self._tail.endswith(b"\n0\r\n\r\n")
         if not ended:
             return
-        if self._status != 200 or b'data: {"error":' in self._tail:
-            self._fail(f"status {self._status}: {self._tail.decode(errors='replace').strip():.500}")
+        error = self._tail.find(_ERROR)
+        if self._status != 200 or error >= 0:
+            said = self._tail[max(error, 0) :].decode(errors="replace").strip()
+            self._fail(f"status {self._status}: {said:.500}")
         else:
             self._end.set_result(self._tail)
 

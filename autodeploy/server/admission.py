@@ -7,10 +7,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import ApiError, invalid
+from .errors import RETRY_SECONDS, ApiError, invalid
 
 _log = logging.getLogger("autodeploy")
-_RETRY_SECONDS = "1"
 
 
 class Admission:
@@ -53,7 +52,7 @@ class Admission:
                 f"{self.limit} that this server holds; try again soon",
                 kind="rate_limit_error",
                 code="rate_limit_exceeded",
-                headers={"Retry-After": _RETRY_SECONDS},
+                headers={"Retry-After": RETRY_SECONDS},
             )
         self.open += count
         self._idle.clear()
@@ -86,5 +85,5 @@ def shutting_down() -> ApiError:
         503,
         "the server is shutting down; try again, by then another may serve",
         code="shutting_down",
-        headers={"Retry-After": _RETRY_SECONDS},
+        headers={"Retry-After": RETRY_SECONDS},
     )

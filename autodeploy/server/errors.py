@@ -15,6 +15,9 @@ import msgspec
 from .. import errors
 from ..runtime.sampling_params import SamplingParams
 
+RETRY_SECONDS = "1"
+"""When a client that was sent away for the moment should come back."""
+
 
 class ApiError(Exception):
     """A request is answered with an error.
@@ -102,7 +105,11 @@ def as_api_error(error: BaseException) -> ApiError:
     answer = next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
     if answer.hides_message:
         return ApiError(500, _INTERNAL)
-    return ApiError(answer.status, str(error), param=_param(error), code=answer.code)
+    # An engine that died is started again, here or by whoever restarts the server.
+    headers = {"Retry-After": RETRY_SECONDS} if answer.status == 503 else None
+    return ApiError(
+        answer.status, str(error), param=_param(error), code=answer.code, headers=headers
+    )
 
 
 def _param(error: errors.AutodeployError) -> str | None:

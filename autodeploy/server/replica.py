@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -75,7 +77,7 @@ class Replica:
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
             try:
-                llm = await asyncio.to_thread(build)
+                llm = await _built(build)
             except Exception as error:  # noqa: BLE001 - whatever it is, nobody else would try again
                 _log.error("replica %d could not be started again: %s", self.number, error)
                 _log.debug("while starting the engine", exc_info=error)
@@ -87,3 +89,28 @@ class Replica:
                 self.number, self.restarts,
             )  # fmt: skip
             return wait
+
+
+async def _built(build: Callable[[], AsyncLLM]) -> AsyncLLM:
+    """What `build` makes, in a thread of its own; cancelled, nobody waits for that.
+
+    Not `asyncio.to_thread`: a server that stops would wait for the threads of the event loop, and
+    loading a large model takes minutes. A process that is only starting ends with this one.
+    """
+    made: concurrent.futures.Future[AsyncLLM] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            llm = build()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                made.set_exception(error)
+            return
+        try:
+            made.set_result(llm)
+        except concurrent.futures.InvalidStateError:
+            # Nobody wants it any more, and this thread has no event loop but for this.
+            asyncio.run(llm.shutdown())
+
+    threading.Thread(target=work, name="autodeploy-restart", daemon=True).start()
+    return await asyncio.wrap_future(made)

@@ -1,5 +1,6 @@
 """`autodeploy serve` as people run it: a process, with an engine in another one."""
 
+import contextlib
 import json
 import os
 import re
@@ -38,11 +39,14 @@ def demo_with_tools(folder: Path) -> str:
 
 
 class Served:
-    """A server of the demo model with some flags, until `end`."""
+    """A server of the demo model with some flags, until `end`.
 
-    def __init__(self, *flags, model=DEMO):
+    environment: variables besides those of this process.
+    """
+
+    def __init__(self, *flags, model=DEMO, environment=()):
         command = [sys.executable, "-m", "autodeploy", "serve", *([model] if model else [])]
-        environment = {**os.environ, "AUTODEPLOY_API_KEY": KEY}
+        environment = {**os.environ, "AUTODEPLOY_API_KEY": KEY, **dict(environment)}
         # Not a pipe: a full one would stop a server that writes a line per request.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(
@@ -56,14 +60,20 @@ class Served:
         )
 
     def engine(self):
-        """The process of the engine."""
-        return self.engines(1)[0]
+        """The process of the engine; of several, that of the oldest."""
+        return self.engines()[0]
 
-    def engines(self, count):
-        """The processes of `count` engines, oldest first."""
-        children = psutil.Process(self.process.pid).children()
-        children.sort(key=lambda child: child.memory_info().rss)
-        return sorted(children[-count:], key=lambda child: child.create_time())
+    def engines(self):
+        """The processes of engines that live, ready or not, oldest first."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            # It may end while somebody looks.
+            with contextlib.suppress(psutil.Error):
+                # Python's resource tracker is a child, too.
+                engine = "spawn_main" in " ".join(child.cmdline())
+                if engine and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+        return sorted(found, key=lambda child: child.create_time())
 
     def stream(self, **fields):
         return self.client.stream("POST", "/v1/completions", json={**LONG, **fields})

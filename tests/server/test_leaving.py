@@ -1,5 +1,6 @@
 """Clients that leave, requests that take too long, servers that stop, engines that die."""
 
+import asyncio
 import json
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 from running_server import RunningServer, demo_engine, eventually
 
 from autodeploy.errors import ConfigError
+from autodeploy.runtime.sampling_params import SamplingParams
 
 TEXT = "/v1/completions"
 EVERYWHERE = {
@@ -68,6 +70,29 @@ def test_a_reader_who_leaves_a_stream_frees_its_pages(server, fields):
 def test_a_client_who_gives_up_on_a_whole_answer_frees_its_pages(server, fields):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + TEXT, json={**LONG, "n": 4, **fields}, timeout=0.3)
+    idle(server)
+
+
+def test_at_most_one_step_begins_with_a_request_that_was_left(server, monkeypatch):
+    llm = server.host.llm
+    engine = llm._executor._engine
+    step, live = engine.step, []
+
+    def counted():
+        live.append(len(engine._requests))
+        return step()
+
+    async def leave():
+        outputs = llm.generate("a", SamplingParams(max_tokens=900, ignore_eos=True))
+        await anext(outputs)
+        await outputs.aclose()
+        return len(live)
+
+    monkeypatch.setattr(engine, "step", counted)
+    begun = asyncio.run(leave())
+    eventually(lambda: llm.open_requests == 0)
+    assert sum(live[begun:]) <= 1
+    monkeypatch.undo()
     idle(server)
 
 
@@ -248,8 +273,29 @@ def test_an_engine_that_dies_is_started_again_if_that_is_the_policy(own):
         assert error_of([line for line in lines if line])["code"] == "engine_dead"
     for path in ("/health", "/ready"):
         assert running.client.get(path).status_code == 503
-    assert running.post(TEXT, prompt="a").status_code == 503
+    refused = running.post(TEXT, prompt="a")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     may_build.set()
     eventually(lambda: running.client.get("/health").status_code == 200)
     assert running.post(TEXT, prompt="a").status_code == 200
     assert running.host.restarts == 1
+
+
+def test_a_server_that_stops_does_not_wait_for_an_engine_that_is_being_built(own):
+    building, may_build, built = threading.Event(), threading.Event(), []
+
+    def build():
+        building.set()
+        assert may_build.wait(60)
+        built.append(demo_engine())
+        return built[0]
+
+    running = own(build=build)
+    die(running)
+    assert running.post(TEXT, **LONG).status_code == 503
+    assert building.wait(20)
+    running.stop()
+    running.join()
+    assert running.server.status == 0
+    may_build.set()
+    eventually(lambda: built and built[0].death is not None, 30)

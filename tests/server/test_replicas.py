@@ -109,7 +109,7 @@ def test_one_dies_and_the_other_goes_on_until_it_is_back(served):
         lines = [first.iter_lines(), second.iter_lines()]
         for each in lines:
             next(each)
-        served.engines(2)[0].kill()
+        served.engines()[0].kill()
         eventually(lambda: status(served)["state"] == "degraded")
         for path in ("/health", "/ready"):
             assert served.client.get(path).status_code == 200

@@ -2,8 +2,11 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import httpx
+import psutil
 import pytest
 from running_server import DEMO, eventually
 from served_process import Served
@@ -72,3 +75,32 @@ def test_a_killed_engine_comes_back_if_that_is_the_policy(served, tmp_path):
     assert one.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
     one.process.send_signal(signal.SIGINT)
     assert one.end()[0] == 0
+
+
+def test_a_server_that_stops_does_not_wait_for_an_engine_that_is_starting_again(served, tmp_path):
+    one = served(
+        "--max-num-seqs", "8", "--on-engine-death", "restart", environment={"TMPDIR": str(tmp_path)}
+    )
+    dead = one.engine()
+    dead.kill()
+    eventually(lambda: one.client.get("/health").status_code == 503)
+    eventually(lambda: [engine for engine in one.engines() if engine != dead])
+    starting = one.engine()
+    one.process.send_signal(signal.SIGTERM)
+    status, errors = one.end()
+    assert status == 0
+    assert "Traceback" not in errors
+    assert "the engine is back" not in errors
+    assert not starting.is_running()
+    assert not list(tmp_path.glob("autodeploy-*"))
+
+
+def test_a_compilation_ends_with_the_engine_that_asked_for_it(served, tmp_path):
+    """Which is killed in the middle of it."""
+    command = [sys.executable, "-m", "autodeploy.compile_checkpoint", "30"]
+    script = f"import os, subprocess; subprocess.run({command} + [str(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as asking:
+        eventually(lambda: psutil.Process(asking.pid).children())
+        (compiling,) = psutil.Process(asking.pid).children()
+        asking.kill()
+        eventually(lambda: not compiling.is_running())

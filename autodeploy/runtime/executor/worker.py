@@ -10,6 +10,7 @@ messages in the outbox.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -75,6 +76,8 @@ class WorkerExecutor:
         self._process = spawn.Process(
             target=run_worker, args=(self._bind(), level, build), daemon=True, name="autodeploy"
         )
+        # Where a thread builds, the program may end before the worker is ready.
+        atexit.register(self.shutdown)
         try:
             self._start()
             self.ready = self._wait_until_ready()
@@ -84,11 +87,13 @@ class WorkerExecutor:
         except BaseException:
             self.shutdown()
             raise
+        finally:
+            atexit.unregister(self.shutdown)
 
     @property
     def pid(self) -> int | None:
-        """The worker's process id."""
-        return self._process.pid
+        """The worker's process id; None once it has been shut down."""
+        return None if self._closed else self._process.pid
 
     def submit(self, request: EngineRequest) -> None:
         self._require_open()
@@ -129,6 +134,8 @@ class WorkerExecutor:
             self._context.term()
             self._wake_reader.close()
             self._wake_writer.close()
+            # Its pipes would stay open until the collector comes by.
+            self._process.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _bind(self) -> str:
