@@ -25,6 +25,7 @@ from .config import DeployConfig
 from .errors import UnsupportedModelError
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.grammars import Grammars, grammars_of
+from .runtime.rehearsal import rehearse
 from .runtime.scheduler import SchedulerConfig
 from .transforms.recipe import Recipe
 from .warm_start import KeptProgram
@@ -87,6 +88,9 @@ def build_engine(config: DeployConfig) -> EngineCore:
             ),
             grammars=partial(_grammars, config, runner.contract.vocab_size),
         )
+    if runner.contract.device.type == "cuda" and not embeds:
+        with phases.timed("rehearsal"):
+            rehearse(engine)
     # Those of a kept program speak of the start that made it.
     engine.summary = {n: f for n, f in summary.items() if not n.endswith(" seconds")}
     contract = runner.contract

@@ -1,9 +1,10 @@
 """A chrome trace of steady decode steps, and from it how busy host and GPU are.
 
-Host: time between the ends of two waits less what the host waits in CUDA's synchronise calls, all
-by the profiler's clock, which is not quite the system's; without a GPU, the whole step. Part of it is the driver's, which takes the longer to launch a graph the more kernels
-are in it. GPU busy: the part of the time in which at least one kernel or copy runs. Profiling
-slows the host down: its own time without a profiler is `host_us` of the same row (`latency.py`).
+Host: time between the ends of two waits less what the host waits in CUDA's synchronise calls, by
+the profiler's clock, which is not quite the system's; without a GPU, the whole step. Part of it is
+the driver's, which takes the longer to launch a graph the more kernels are in it. GPU busy: the
+part of the time in which at least one kernel or copy runs. Profiling slows the host down: its own
+time without a profiler is `host_us` of the same row (`latency.py`).
 """
 
 from __future__ import annotations

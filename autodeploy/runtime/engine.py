@@ -237,6 +237,13 @@ class EngineCore:
         """Counters since start, and gauges of the last step; a copy."""
         return msgspec.structs.replace(self._stats)
 
+    def forget_counts(self) -> None:
+        """Counters begin anew."""
+        self._stats = EngineStats(pages_total=self._scheduler.tables.total)
+        self._scheduler.forget_counts()
+        if isinstance(self._step, DeviceStep):
+            self._step.counts = type(self._step.counts)()
+
     def close(self) -> None:
         """Drops every request without a word and lets go of the model and its caches."""
         self._flight = None

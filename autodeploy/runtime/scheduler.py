@@ -103,7 +103,7 @@ class Scheduler:
         self.reuses_prefixes = config.enable_prefix_caching and _can_reuse_prefixes(contract)
         self.running: list[RequestState] = []
         """In order; the last one is preempted first."""
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.forget_counts()
         self._waiting: list[tuple[tuple[int, int], RequestState]] = []
         self._num_waiting = 0
         self._plan, self._next_plan = (StepPlan(config.max_num_seqs) for _ in range(2))
@@ -120,6 +120,10 @@ class Scheduler:
             self._most_prompt_rows = config.max_num_batched_tokens
         self._budget = self._decoding = self._prompt_rows = 0
         self._admitting = True
+
+    def forget_counts(self) -> None:
+        """Counters begin anew."""
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
 
     @property
     def num_waiting(self) -> int:
