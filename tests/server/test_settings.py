@@ -32,7 +32,15 @@ def test_file_beats_default_flag_beats_file_and_set_beats_flag(tmp_path):
     server = found.server
     assert (server.port, server.max_n, server.max_logprobs) == (1, 20, 400)
     assert (server.host, found.model) == ("127.0.0.1", "a")
-    assert found.deploy == {"max_num_seqs": 3, "executor": "process", "overrides": {}}
+    assert found.deploy == {
+        "max_num_seqs": 3, "executor": "process", "max_num_batched_tokens": 2048, "overrides": {}
+    }  # fmt: skip
+
+
+def test_steps_of_a_server_are_short_unless_it_is_told_otherwise():
+    assert settings("model").deploy["max_num_batched_tokens"] == 2048
+    longer = settings("model", "--max-num-batched-tokens", "8192")
+    assert longer.deploy["max_num_batched_tokens"] == 8192
 
 
 def test_options_of_recipe_steps_are_joined_from_file_and_set(tmp_path):
