@@ -48,7 +48,9 @@ def test_create_whole_and_streamed_are_the_same(client):
 
 
 def test_the_stream_helper_gathers_a_response(client):
-    with client.responses.stream(input="a pet", text_format=Pet, model="demo") as stream:
+    with client.responses.stream(
+        input="a pet", text_format=Pet, model="demo", temperature=0
+    ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds[-1] == "response.completed"
@@ -106,7 +108,9 @@ async def test_the_async_client_streams_and_parses(async_client):
         return "".join([e.delta async for e in stream if e.type == "response.output_text.delta"])
 
     assert await asyncio.gather(*map(one, range(8))) == await asyncio.gather(*map(one, range(8)))
-    parsed = await async_client.responses.parse(input="a pet", text_format=Pet, model="demo")
+    parsed = await async_client.responses.parse(
+        input="a pet", text_format=Pet, model="demo", temperature=0
+    )
     assert isinstance(parsed.output_parsed, Pet)
     async with async_client.responses.stream(input="a", **GREEDY) as stream:
         kinds = [event.type async for event in stream]

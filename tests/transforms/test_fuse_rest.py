@@ -68,9 +68,9 @@ class TestFuseRest:
         assert again.launches == called(program)[0].launches
 
     def test_equal_layers_share_one_function(self, op_by_op):
-        program = program_of(tiny_model("gpt_oss"), "canonicalize")
+        program = program_of(tiny_model("nanochat"), "canonicalize")
         expected = [logits(program, 5, 3), logits(program, 1)]
-        fused(program, saves=20)
+        fused(program, saves=5)
         functions = called(program)
         assert len(functions) == 2
         assert len(set(functions)) == 1
