@@ -147,23 +147,11 @@ def test_the_number_of_ranges_changes_nothing(monkeypatch, programs, least):
     check(step([400, 3, 97], [1, 3, 1], (4, 2, 16, 16)))
 
 
-@pytest.mark.parametrize("trigger", ["start", "end", "never"])
-@pytest.mark.parametrize("early", [0, 2])
-def test_where_launches_overlap_changes_nothing(monkeypatch, trigger, early):
-    tiles = triton_paged.DecodeTiles(32, 1, 8, 4, 2, early, trigger)
-    monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: tiles)
-    monkeypatch.setattr(triton_decode, "holds", lambda *_: False)
-    check(step([130, 3, 97], [1, 1, 1], (4, 2, 16, 16)))
-    check(step([130, 5, 97], [0, 3, 0], (4, 2, 16, 16)))
-
-
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_pages_known_a_block_ahead_change_nothing(monkeypatch, feature, counts):
     decode = triton_paged.DecodeTiles(32, 1, 8, 4, 3, known=True)
-    prefill = triton_paged.PrefillTiles(32, 32, 4, 3, known=True)
     monkeypatch.setattr(triton_paged, "decode_tiles", lambda *_: decode)
-    monkeypatch.setattr(triton_paged, "prefill_tiles", lambda *_: prefill)
     monkeypatch.setattr(triton_decode, "holds", lambda *_: False)
     check(step([150, 1, 77], COUNTS[counts], (4, 2, 16, 16), feature=feature))
 

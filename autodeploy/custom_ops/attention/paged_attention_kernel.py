@@ -117,43 +117,6 @@ def add_sink(acc, top, total, sink):
     return acc * shrink[:, None], total * shrink + tl.exp2(sink - new_top)
 
 
-@triton.jit
-def ask_for(cache_ptr, page, inside, page_stride, slot_stride, D: tl.constexpr):
-    """Asks for the rows of a cache at some places [N] to be brought to the L2 cache.
-
-    Line by line, a thread each: `cp.async.bulk.prefetch.L2` takes whole rows, but its address is
-    uniform, so that a warp issues it once for every thread, one after the other.
-    """
-    LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (D + LINE - 1) // LINE
-    line = tl.arange(0, triton.next_power_of_2(LINES)) * LINE
-    row = cache_ptr + page.to(tl.int64) * page_stride + inside * slot_stride
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [(row[:, None] + tl.minimum(line, D - 1)[None, :]).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _ask_early(
-    k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first EARLY blocks of keys and values from `start` on that end before `stop`."""
-    for block in tl.static_range(0, EARLY):
-        first = start + block * BLOCK_N
-        if first + BLOCK_N <= stop:
-            key = first + tl.arange(0, BLOCK_N)
-            page = tl.load(table_ptr + key // PAGE)
-            ask_for(k_ptr, page, key % PAGE, k_page, k_slot, D)
-            ask_for(v_ptr, page, key % PAGE, v_page, v_slot, DV)
-
-
 @triton.jit(
     do_not_specialize=["table_stride", "splits", "least", "window", "chunk"],
     do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "table_ptr"],
@@ -167,8 +130,7 @@ def decode_kernel(
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr,
-    MIXED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, TRIGGER: tl.constexpr,
-    KNOWN: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, PRECISION: tl.constexpr, KNOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HKV * splits): one range of the keys of one sequence, for one kv head.
 
@@ -176,8 +138,7 @@ def decode_kernel(
     its own length asks for. SPLIT: there can be more than one; the program that arrives last at
     `arrived` [B, HKV] merges them and sets it back to 0 for the next launch. MIXED: sequences that
     bring another number of tokens are left to `prefill_kernel`. Else T is B and all are attended
-    to: a sequence's tokens one after the other, in the place of one that has none. EARLY: blocks
-    of a range that are asked for before the wait. TRIGGER: where the next kernel may begin.
+    to: a sequence's tokens one after the other, in the place of one that has none.
     """
     program = tl.program_id(0)
     split = program % splits
@@ -197,18 +158,10 @@ def decode_kernel(
     slope = tl.zeros([BLOCK_G], tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
-    if EARLY > 0:
-        position = length - end + begin
-        low = lowest_seen(position, window, chunk, WINDOW, CHUNK)
-        each = tl.maximum(tl.cdiv(tl.cdiv(position + 1 - low, BLOCK_N), splits), least)
-        _ask_early(
-            k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, low + split * each * BLOCK_N,
-            position, D, DV, PAGE, BLOCK_N, EARLY,
-        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-        if TRIGGER == "start":
-            tl.extra.cuda.gdc_launch_dependents()
+        # At the end, or never before it: as fast, or slower.
+        tl.extra.cuda.gdc_launch_dependents()
     count = end - begin
     if MIXED:
         count = tl.where(count == 1, 1, 0)
@@ -234,8 +187,6 @@ def decode_kernel(
                 D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
                 KNOWN,
             )  # fmt: skip
-            if PDL and TRIGGER == "end":
-                tl.extra.cuda.gdc_launch_dependents()
             row = tl.cast(token, tl.int64) * HKV + kv_head
             kept = (g < GROUP)[:, None] & (dv < DV)[None, :]
             if used == 1:
@@ -361,7 +312,7 @@ def prefill_kernel(
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, KNOWN: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks * HKV): BLOCK_M // GROUP tokens of one sequence, all heads of one kv head.
 
@@ -417,20 +368,20 @@ def prefill_kernel(
             last_query,
             k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
             D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLOOR, SOFTCAP, ALIBI, PRECISION,
-            KNOWN,
+            False,
         )  # fmt: skip
     outer = inner + tl.maximum(first_query + 1 - inner, 0) // BLOCK_N * BLOCK_N
     acc, top, total = _attend_keys(
         acc, top, total, q, query, lowest, slope, inner, outer, last_query,
         k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
         D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, ALIBI, PRECISION,
-        KNOWN,
+        False,
     )  # fmt: skip
     acc, top, total = _attend_keys(
         acc, top, total, q, query, lowest, slope, outer, last_query + 1, last_query,
         k_ptr, v_ptr, table_ptr, k_page, k_slot, v_page, v_slot, scale, unit, softcap,
         D, DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, SOFTCAP, ALIBI, PRECISION,
-        KNOWN,
+        False,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E

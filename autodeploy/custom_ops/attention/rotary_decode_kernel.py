@@ -17,7 +17,6 @@ from ..rope.rotary_kernel import weighted
 from .paged_attention_kernel import (
     LOG2E,
     LOWEST,
-    ask_for,
     lowest_seen,
     merge_splits,
 )
@@ -234,7 +233,7 @@ def rotary_decode_kernel(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr, MERGE_G: tl.constexpr, MERGE_S: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (HKV, T, splits), T tokens of as many sequences: one range of a token's keys.
@@ -244,8 +243,7 @@ def rotary_decode_kernel(
     are for; the program of the last range also takes the new key, and writes it and its value to
     their slot. SPLIT: there can be more than one range; the program that arrives last at `arrived`
     [T, HKV] merges them and sets it back to 0 for the next launch. Ranges that nobody needs are
-    numbered last, so that those in use spread over the device. AHEAD: blocks after a range's second
-    one that are asked for before the wait.
+    numbered last, so that those in use spread over the device.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     TABLE: tl.constexpr = cos_ptr.dtype.element_ty
@@ -308,13 +306,6 @@ def rotary_decode_kernel(
     next_page = tl.load(
         table_ptr + _page_of(ahead + BLOCK_N, PAGE), mask=ahead + BLOCK_N < stop, other=0
     )
-    if AHEAD > 0 and start + 2 * BLOCK_N < stop:
-        for block in tl.static_range(2, AHEAD + 2):
-            there = tl.minimum(start + block * BLOCK_N + n, stop - 1)
-            ahead_page = tl.load(table_ptr + _page_of(there, PAGE))
-            inside = there % PAGE
-            ask_for(k_cache_ptr, ahead_page, inside, k_page, k_slot, D)
-            ask_for(v_cache_ptr, ahead_page, inside, v_page, v_slot, DV)
     if PDL:
         tl.extra.cuda.gdc_wait()
 

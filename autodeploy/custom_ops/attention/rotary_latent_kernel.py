@@ -2,8 +2,8 @@
 
 A new token's row is normalised and turned in registers, goes from there into the scores and, from
 one program of its last range, to its slot. No program reads a row that another one writes. Earlier
-rows are of earlier steps: where they lie is known, and they are asked for, before the wait for the
-kernel in front. See `latent_attention_kernel` for the two parts of a row.
+rows are of earlier steps. Asking for them before the wait for the kernel in front gains nothing.
+See `latent_attention_kernel` for the two parts of a row.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..rope.rotary_kernel import weighted
 from .latent_attention_kernel import _attend_rows
-from .paged_attention_kernel import LOG2E, LOWEST, add_sink, ask_for, lowest_seen, shape_scores
+from .paged_attention_kernel import LOG2E, LOWEST, add_sink, lowest_seen, shape_scores
 from .rotary_decode_kernel import _find_token, _load_heads, _load_turn, _turn
 
 
@@ -33,14 +33,14 @@ def rotary_latent_kernel(
     BLOCK_REST: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T * PARTS * splits), T tokens of as many sequences: a range of one token's rows.
 
     q [T, H, MAIN] and q_rest [T, H, REST], not turned yet; latent [T, MAIN] and rest [T, REST]; H
     is PARTS * GROUP. Rows of earlier steps are cut into at most `splits` ranges of at least `least`
     blocks. SPLIT: there can be more than one range; each leaves its sums, and `used` [T, PARTS]
-    says how many there are. AHEAD: blocks of a range that are asked for before the wait.
+    says how many there are.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     TABLE: tl.constexpr = cos_ptr.dtype.element_ty
@@ -63,11 +63,6 @@ def rotary_latent_kernel(
     # The last range also takes the rows of this step, and writes the token's own.
     last = split == used - 1
     table_ptr += tl.cast(sequence, tl.int64) * table_stride
-    if AHEAD > 0 and start < stop:
-        for block in tl.static_range(0, AHEAD):
-            there = tl.minimum(start + block * BLOCK_N + tl.arange(0, BLOCK_N), stop - 1)
-            page = tl.load(table_ptr + there // PAGE)
-            ask_for(cache_ptr, page, there % PAGE, c_page, c_slot, MAIN + REST)
     m = tl.arange(0, BLOCK_M)
     # Rows past the group repeat its last head and are not stored.
     head = part * GROUP + tl.minimum(m, GROUP - 1)

@@ -32,8 +32,6 @@ class Tiles:
     warps: int
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
-    ahead: int = 0
-    """Blocks after the second one that are asked for before the wait for the kernel in front."""
     merge: int = 64
     """Numbers of the ranges that a thread has on their way to it when it adds them up."""
 
@@ -150,7 +148,7 @@ def decode_heads(
         Q_NORM=norm.q_eps is not None, K_NORM=norm.k_eps is not None,
         Q_WEIGHT=norm.q_weight is not None, K_WEIGHT=norm.k_weight is not None,
         FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, MERGE_G=merged,
-        MERGE_S=max(2, together), AHEAD=cut.ahead if pdl else 0,
+        MERGE_S=max(2, together),
         PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps,
         num_stages=1, **overlap(pdl), **({"maxnreg": cut.registers} if cut.registers else {}),
     )  # fmt: skip

@@ -39,11 +39,6 @@ class DecodeTiles:
     """A sequence is cut as long as the launch stays within this number of programs."""
     warps: int
     stages: int
-    early: int = 0
-    """Blocks of a range that are asked for before the wait for the kernel in front."""
-    trigger: str = "start"
-    """Where the next kernel may begin: at the "start", at the "end" of the keys or "never" before
-    this one ends."""
     known: bool = False
     """Whether a block's pages are read one block ahead. Else every other stage is theirs: of 2 to 4
     stages one block of keys is on its way, of 5 two; known, of 3 two and of 4 three."""
@@ -61,8 +56,6 @@ class PrefillTiles:
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler. 128 let two blocks of 8 warps share
     a multiprocessor, one multiplies while the other takes powers."""
-    known: bool = False
-    """As of `DecodeTiles`."""
 
 
 def decode_tiles(
@@ -252,8 +245,7 @@ def launch_decode(site: _Site, form: Form, tiles: DecodeTiles) -> None:
         *form.numbers, **site.shape, **form.flags,
         BLOCK_G=triton_block(site.group, 16), BLOCK_N=tiles.keys, SPLIT=splits > 1,
         MERGE_G=merged, MERGE_S=max(2, min(16, 4096 // (merged * block_dv))),
-        MIXED=mixed, EARLY=tiles.early if pdl and not mixed else 0, TRIGGER=tiles.trigger,
-        KNOWN=tiles.known, PDL=pdl,
+        MIXED=mixed, KNOWN=tiles.known, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
     )  # fmt: skip
 
@@ -267,8 +259,7 @@ def launch_prefill(site: _Site, form: Form, tiles: PrefillTiles) -> None:
     prefill_kernel[(blocks * site.heads,)](
         *site.addresses, *form.tensors, *site.strides, site.sequences, blocks, len(site.q),
         *form.numbers, **site.shape, **form.flags, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-        KNOWN=tiles.known, PDL=pdl,
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
+        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **overlap(pdl),
         **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
 

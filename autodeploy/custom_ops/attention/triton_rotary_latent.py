@@ -123,7 +123,6 @@ def decode_latents(
     form: Form,
     turn: Turn,
     tiles: LatentTiles | None = None,
-    ahead: int = 0,
 ) -> torch.Tensor:
     """Norms and turns a step's rows, writes them to their slots and attends: [T, H, N].
 
@@ -161,7 +160,7 @@ def decode_latents(
         BLOCK_N=tiles.keys, BLOCK_MAIN=triton_block(rank, 16), BLOCK_REST=triton_block(width, 16),
         HALF=0 if turn.cos is None else width // 2, INTERLEAVED=turn.interleaved,
         NORM=norm.k_eps is not None, WEIGHT=norm.k_weight is not None,
-        FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1, AHEAD=ahead if pdl else 0,
+        FIRST=norm.cast_before_weight, **form.flags, SPLIT=splits > 1,
         PRECISION=_precision(q), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
         **overlap(pdl),
     )  # fmt: skip

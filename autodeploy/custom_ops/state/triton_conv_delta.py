@@ -60,7 +60,6 @@ def delta_layer(
     eps: float = 0.0,
     num_warps: int = 4,
     tile: int = _TILE,
-    registers: int = 0,
 ) -> Tensor:
     """As `conv_delta_rule`; at most 4 taps, 32768 numbers in the state of a head."""
     heads, keys, values = delta_state.shape[1:]
@@ -87,7 +86,7 @@ def delta_layer(
     block_keys, block = power_of_two(keys), power_of_two(values)
     if norm_weight is None:
         block = min(block, max(8, tile // block_keys))
-    options = launch_options() | ({"maxnreg": registers} if registers else {})
+    options = launch_options()
     # An absent tensor is never read; any pointer stands for it.
     conv_delta_kernel[(heads * -(-values // block), sequences)](
         x, weight, weight if conv_bias is None else conv_bias, g, beta,

@@ -59,7 +59,6 @@ def scan_layer(
     log_rates: bool = False,
     tile: int = _TILE,
     num_warps: int = 4,
-    registers: int = 0,
 ) -> Tensor:
     """As `conv_ssd_scan`; at most 4 taps, N at most 1024."""
     heads, width, entries = ssm_state.shape[1:]
@@ -82,7 +81,7 @@ def scan_layer(
     out = torch.empty((sequences, heads, width), dtype=torch.float32, device=x.device)
     block_state = power_of_two(entries)
     block = min(power_of_two(width), max(1, tile // block_state))
-    options = launch_options() | ({"maxnreg": registers} if registers else {})
+    options = launch_options()
     # An absent tensor is never read; any pointer stands for it.
     conv_ssd_kernel[(heads * -(-width // block), sequences)](
         x, weight, weight if conv_bias is None else conv_bias, dt, A, A if D is None else D,
