@@ -26,7 +26,8 @@ SERVER_CONFIGS = (ServerConfig, RayConfig)
 DEFAULTS = {"executor": "process", "max_num_batched_tokens": 2048}
 """Of options of a deployment, where a server's differ. Steps of 8192 tokens, as of a batch without
 anybody waiting, keep those who decode waiting: with an 8B shape on an H200 at 80 % of its
-throughput one token in a hundred took 45 ms and longer, with steps of 2048 31."""
+throughput one token in a hundred took 45 ms and longer, in a run that also began cold; with steps
+of 2048 27 (begun cold) and 31."""
 
 # What a file can say of fields whose Python values may be live objects.
 _WRITTEN: dict[str, Any] = {
