@@ -26,8 +26,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,13 +116,17 @@ class KernelsAhead:
 
 
 def compile_side_by_side(requests: Sequence[Request]) -> None:
-    """Compiles kernels, or loads what Triton keeps of them on disk, by a thread for each core."""
+    """Makes kernels ready to launch on the current device, by a thread for each core.
+
+    Compiled, or taken from what Triton keeps on disk; loaded, and with it what launches them, which
+    Triton has a C compiler make for each form of arguments.
+    """
     from triton import AsyncCompileMode
 
     run = _launched_kind().run
     # The active mode takes compilations over; it waits for them at its end.
     with (
-        ThreadPoolExecutor(_cores(), thread_name_prefix=_THREADS) as pool,
+        _Pool() as pool,
         AsyncCompileMode(pool, ignore_errors=True) as mode,
     ):
         for request in requests:
@@ -132,6 +137,25 @@ def compile_side_by_side(requests: Sequence[Request]) -> None:
     for future in mode.raw_futures:
         if failed := future.exception():
             _log.debug("a kernel does not compile ahead of its launch", exc_info=failed)
+
+
+class _Pool(ThreadPoolExecutor):
+    """Makes the kernels ready that its calls return."""
+
+    def __init__(self) -> None:
+        super().__init__(_cores(), thread_name_prefix=_THREADS)
+        # Every thread has a current device of its own.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(self._ready, partial(fn, *args, **kwargs))
+
+    def _ready(self, compiled: Callable[[], Any]) -> Any:
+        kernel = compiled()
+        with torch.cuda.device(self._device):
+            # To look at it is to load it, as a launch does.
+            assert kernel.run is not None
+        return kernel
 
 
 @dataclass
@@ -250,7 +274,7 @@ class _Zeros(TorchFunctionMode):
 
 
 def _pointer(value: Any) -> Any:
-    return Pointer(value.dtype, value.data_ptr() % 256) if torch.is_tensor(value) else value
+    return Pointer(value.dtype, value.data_ptr() % 16) if torch.is_tensor(value) else value
 
 
 def _seen(value: Any) -> Any:
