@@ -83,7 +83,7 @@ class KernelsAhead:
 
     def __init__(self, device: torch.device, compile: Compile | None = None) -> None:
         self._able = compile is not None or _can_compile(device)
-        self._compile = compile or compile_side_by_side
+        self._compile = compile_side_by_side if compile is None else compile
         self._requests: dict[Request, None] = {}
         self._done: set[Request] = set()
         self._asking = 0.0
