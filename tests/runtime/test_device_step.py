@@ -114,10 +114,9 @@ def test_kernels_of_all_steps_are_compiled_before_the_first_is_captured(engine, 
     runner, tables = engine._runner, engine._scheduler.tables
     with gpu.interpreted_kernels():
         DeviceStep(runner, tables, 6, (2, 6), [MixedSize(16, 5)], ahead)
-    names = {request.kernel.__name__ for request in happened[0]}
-    assert names >= {
-        "open_step_kernel", "place_pages_kernel", "argmax_part_kernel", "argmax_merge_kernel",
-        "resolve_tokens_kernel", "relay_tokens_kernel",
+    # Not those that come after the toy: it looks at lengths, which nobody has written.
+    assert {request.kernel.__name__ for request in happened[0]} == {
+        "open_step_kernel", "place_pages_kernel", "resolve_tokens_kernel", "relay_tokens_kernel",
     }  # fmt: skip
     assert happened[1:] == [5, 6, 2]
 
