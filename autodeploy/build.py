@@ -22,7 +22,7 @@ from torch import nn
 
 from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
-from .custom_ops.compile_ahead import counted_kernels
+from .custom_ops.kernel_count import counted_kernels
 from .errors import UnsupportedModelError
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.grammars import Grammars, grammars_of

@@ -20,14 +20,13 @@ step again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +37,10 @@ from . import gpu
 from .op import function_of
 
 _log = logging.getLogger("autodeploy")
-_THREADS = "autodeploy-kernels"
+THREADS = "autodeploy-kernels"
+"""What names of threads that compile begin with."""
+MOST_THREADS = 16
+"""More would wait for each other in Python, which is a seventh of the work."""
 _UNFILLED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
@@ -125,10 +127,7 @@ def compile_side_by_side(requests: Sequence[Request]) -> None:
 
     run = _launched_kind().run
     # The active mode takes compilations over; it waits for them at its end.
-    with (
-        _Pool() as pool,
-        AsyncCompileMode(pool, ignore_errors=True) as mode,
-    ):
+    with _Pool() as pool, AsyncCompileMode(pool, ignore_errors=True) as mode:
         for request in requests:
             try:
                 run(request.kernel, *request.args, grid=(1,), warmup=True, **dict(request.options))
@@ -143,7 +142,7 @@ class _Pool(ThreadPoolExecutor):
     """Makes the kernels ready that its calls return."""
 
     def __init__(self) -> None:
-        super().__init__(_cores(), thread_name_prefix=_THREADS)
+        super().__init__(_threads(), thread_name_prefix=THREADS)
         # Every thread has a current device of its own.
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else -1
 
@@ -158,56 +157,8 @@ class _Pool(ThreadPoolExecutor):
         return kernel
 
 
-@dataclass
-class KernelCount:
-    """Kernels of ours that became ready, and how."""
-
-    ahead: int = 0
-    """By `KernelsAhead`."""
-    later: int = 0
-    """At their first launch."""
-    kept: int = 0
-    """Of both: which Triton had kept on disk."""
-    seconds: float = 0.0
-    """Of all threads together."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ahead} ahead, {self.later} at their first launch; {self.kept} of them from "
-            f"disk, {self.seconds:.1f} s of all threads"
-        )
-
-    def listen(self, *, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
-        """What Triton calls after each compilation."""
-        if not getattr(getattr(src, "fn", None), "__module__", "").startswith("autodeploy."):
-            return
-        ahead = threading.current_thread().name.startswith(_THREADS)
-        with self._lock:
-            self.ahead += ahead
-            self.later += not ahead
-            self.kept += cache_hit
-            self.seconds += times.total / 1e6
-
-
-@contextlib.contextmanager
-def counted_kernels(device: torch.device) -> Iterator[KernelCount | None]:
-    """Counts the kernels that become ready inside; None where none is compiled."""
-    if device.type != "cuda" or not gpu.has_triton() or gpu.interpreted():
-        yield None
-        return
-    from triton import knobs
-
-    before, count = knobs.compilation.listener, KernelCount()
-    knobs.compilation.listener = count.listen
-    try:
-        yield count
-    finally:
-        knobs.compilation.listener = before
-
-
 def _can_compile(device: torch.device) -> bool:
-    if device.type != "cuda" or not gpu.has_triton() or gpu.interpreted():
+    if not gpu.compiles_triton(device):
         return False
     import triton
 
@@ -220,9 +171,10 @@ def _can_compile(device: torch.device) -> bool:
     return False
 
 
-@functools.cache
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(MOST_THREADS, os.cpu_count() or 1)
 
 
 def _launched_kind() -> Any:
@@ -274,6 +226,8 @@ class _Zeros(TorchFunctionMode):
 
 
 def _pointer(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_pointer, value))
     return Pointer(value.dtype, value.data_ptr() % 16) if torch.is_tensor(value) else value
 
 

@@ -149,7 +149,8 @@ class Driver:
 driver.set_active(Driver())
 
 from triton import knobs
-from autodeploy.custom_ops.compile_ahead import KernelCount, KernelsAhead, compile_side_by_side
+from autodeploy.custom_ops.compile_ahead import KernelsAhead, compile_side_by_side
+from autodeploy.custom_ops.kernel_count import KernelCount
 from autodeploy.custom_ops.step import triton_step
 
 count = KernelCount()
