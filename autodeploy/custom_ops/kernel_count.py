@@ -16,16 +16,15 @@ from .compile_ahead import THREADS
 
 @dataclass
 class KernelCount:
-    """Kernels of ours that became ready, and how."""
+    """Kernels of ours that became ready: by `KernelsAhead`, and at their first launch.
+
+    kept: of both, which Triton had kept on disk. seconds: of all threads together.
+    """
 
     ahead: int = 0
-    """By `KernelsAhead`."""
     later: int = 0
-    """At their first launch."""
     kept: int = 0
-    """Of both: which Triton had kept on disk."""
     seconds: float = 0.0
-    """Of all threads together."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __str__(self) -> str:
