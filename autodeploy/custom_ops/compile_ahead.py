@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -56,6 +57,27 @@ class Pointer:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """All that the compiler sees of a tensor descriptor."""
+
+    base: Pointer
+    block_shape: tuple[int, ...]
+    padding: str
+
+    @classmethod
+    def of(cls, descriptor: Any) -> Tile:
+        return cls(_pointer(descriptor.base), tuple(descriptor.block_shape), descriptor.padding)
+
+    def descriptor(self) -> Any:
+        """One that a kernel takes, of a tensor of one tile."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        shape = [*self.block_shape]
+        strides = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+        return TensorDescriptor(self.base, shape, strides, shape, self.padding)
+
+
+@dataclass(frozen=True)
 class Request:
     """One kernel, as one launch would have it; launches alike in what the compiler sees are one."""
 
@@ -63,6 +85,11 @@ class Request:
     args: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...]
     """Arguments by name, and options of the compiler."""
+
+    def call(self, run: Callable[..., Any], **options: Any) -> Any:
+        """`run` of the kernel with these arguments."""
+        args = (a.descriptor() if isinstance(a, Tile) else a for a in self.args)
+        return run(self.kernel, *args, **dict(self.options), **options)
 
     @classmethod
     def of(cls, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Request:
@@ -131,7 +158,7 @@ def compile_side_by_side(requests: Sequence[Request]) -> None:
         # Long ones first: for what begins last all others wait.
         for request in sorted(requests, key=_length, reverse=True):
             try:
-                run(request.kernel, *request.args, grid=(1,), warmup=True, **dict(request.options))
+                request.call(run, grid=(1,), warmup=True)
             except Exception as error:  # noqa: BLE001 - its launch will raise it again
                 _log.debug("%s is not compiled ahead", _name(request), exc_info=error)
     for future in mode.raw_futures:
@@ -229,6 +256,8 @@ class _Zeros(TorchFunctionMode):
 def _pointer(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_pointer, value))
+    if type(value).__name__ == "TensorDescriptor":
+        return Tile.of(value)
     return Pointer(value.dtype, value.data_ptr() % 16) if torch.is_tensor(value) else value
 
 

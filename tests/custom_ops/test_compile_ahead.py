@@ -151,6 +151,8 @@ driver.set_active(Driver())
 from triton import knobs
 from autodeploy.custom_ops.compile_ahead import KernelsAhead, compile_side_by_side
 from autodeploy.custom_ops.kernel_count import KernelCount
+from autodeploy.custom_ops.linear.skinny_config import Tiling
+from autodeploy.custom_ops.linear.wide_linear import wide_linear
 from autodeploy.custom_ops.step import triton_step
 
 count = KernelCount()
@@ -161,6 +163,10 @@ def run(size, at=0):
     tokens = torch.zeros(size + at, dtype=torch.int64)[at:]
     triton_step.resolve_tokens_triton(torch.zeros((1, size), dtype=torch.int64), tokens)
     triton_step.relay_tokens_triton(tokens, tokens, tokens)
+    # Of tensors by their descriptors.
+    x, weight = torch.zeros((128, 64)), torch.zeros((128, 64))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    wide_linear(x, weight, None, "silu", True, None, Tiling("wide", 64, 64, block_m=128))
 
 sizes = [(1, 0), (3, 0), (32, 0), (32, 1)]
 for size in sizes:
@@ -184,6 +190,6 @@ def test_launches_find_compiled_what_was_asked_for(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = (line.split() for line in done.stdout.splitlines()[-2:])
-    # Two kernels, each for tokens that begin at a multiple of 16 bytes, and for others.
-    assert before == ["4", "0", "0"]
-    assert after == ["4", "0", "8"]
+    # Two kernels, each for tokens that begin at a multiple of 16 bytes, and for others, and a third.
+    assert before == ["5", "0", "0"]
+    assert after == ["5", "0", "12"]
