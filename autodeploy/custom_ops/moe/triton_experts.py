@@ -84,6 +84,9 @@ TILES = (
     Tiles(float("inf"), 128, BlockTile(128, 64, 8, 4, 8), BlockTile(256, 64, 8, 4, 8)),
 )
 """Untransposed weights; a gated product's tile has twice `columns` rows of weights."""
+HALVED_ROWS = 128
+"""From this many rows on, half a block is computed where that is all it has. Of 8192 tokens and
+their 8 of 128 experts one row in nine is of no pair, with halves one in eighteen."""
 
 
 def _applies(choice: Choice) -> bool:
@@ -293,6 +296,7 @@ def _block_product(
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
         out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
         CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=tile.group,
-        SWAP=tile.swap, KNOWN=known, EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
+        SWAP=tile.swap, HALVES=order.rows >= HALVED_ROWS, KNOWN=known, EARLY=early,
+        num_warps=tile.warps, num_stages=tile.stages,
         **options,
     )  # fmt: skip
