@@ -119,6 +119,7 @@ def grouped(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    shared: int = 0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `experts`; x and the weights of one dtype, at most 1024 experts."""
@@ -133,7 +134,8 @@ def grouped(
     back = _Product(down, down_bias)
     x = x if x.stride(1) == 1 else x.contiguous()
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    pairs, total = tokens * choices, gate_up.shape[0]
+    # Pairs of different tokens always meet at shared experts, which the rest says nothing about.
+    pairs, total = tokens * (choices - shared), gate_up.shape[0] - shared
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
         return by_row(x, index, weights, up, back, residual)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)

@@ -1,0 +1,304 @@
+"""fuse_shared_experts: an MLP that every token visits becomes one or more of the experts.
+
+    index, weights = route(linear(x, router), k, ...)
+    routed = experts(x, index, weights, gate_up, down)
+    shared = linear(mul(silu(linear(x, w1)), linear(x, w2)), w3)
+    y = add(routed, mul(sigmoid(linear(x, gate)), shared))
+becomes
+    index, weights = route(linear(x, router ++ gate), k, ..., shared=n, gate=E)
+    y = experts(x, index, weights, n parts of (w1, w2) ++ gate_up, n parts of w3 ++ down, shared=n)
+
+where the MLP is n times as wide as an expert: a gated MLP is the sum of its parts. The gate may be
+missing, and w1 and w2 may be one linear. Up to four launches less for a few tokens, and weights are
+read in one go. The sum is exact, and is rounded once where it was rounded three times. Spared, with
+a note in the report, are MLPs and routers of other forms. Before `fuse_parallel_linears`, which
+would make the router and parts of the MLP one product.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autodeploy.custom_ops.moe import experts, route
+
+from ..program import Fact, Program
+from ..transform import Site, Transform, is_call, register_transform
+from ..units import Units, joined, units_of
+from ..walk import VIEWS, behind_casts, behind_views, operands
+from .fuse_gated_activation import activation_of, match_gate
+
+aten = torch.ops.aten
+_NOTES = "fuse_shared_experts"
+# What a kernel of the router writes for a token.
+_MOST_CHOICES = 32
+# Rows of logits begin at multiples of 16 bytes: kernels are slow at odd addresses.
+_ALIGNED = 8
+
+
+@register_transform("fuse_shared_experts")
+@dataclass(frozen=True)
+class FuseSharedExperts(Transform):
+    """Joins shared experts to the others. `devices`: types of device on which that pays."""
+
+    needs = frozenset({Fact.FUNCTIONAL, Fact.CANONICAL, Fact.LAZY_WEIGHTS})
+    devices: tuple[str, ...] = ("cuda",)
+
+    def sites(self, program: Program) -> Iterable[Site]:
+        if program.contract.device.type not in self.devices:
+            return
+        spared = program.options[_NOTES] = Counter[str]()
+        for node in program.graph.nodes:
+            match = _match(program, node)
+            if isinstance(match, str):
+                spared[match] += 1
+            elif match is not None:
+                yield Site((node,))
+
+    def rewrite(self, program: Program, site: Site) -> None:
+        (total,) = site.nodes
+        match = _match(program, total)
+        assert isinstance(match, _Match)
+        old, count = match.experts, match.count
+        given = experts.bind(old.args, old.kwargs)
+        index, weights = _chosen(program, match)
+        stacks = {
+            name: joined(program, f"{behind_views(given[name]).target}_and_shared", units, old)
+            for name, units in (("gate_up", match.gate_up), ("down", match.down))
+        }
+        routed, width, hidden = given["gate_up"].meta["val"].shape
+        shape = [routed + count, width, hidden]
+        stacks["gate_up"] = program.call(
+            aten.reshape.default, stacks["gate_up"], shape, before=old, like=old
+        )
+        given |= stacks | {"top_k_index": index, "top_k_weights": weights, "shared": count}
+        new = program.call(experts.overload, *given.values(), before=old, like=old)
+        old.replace_all_uses_with(new)
+        total.replace_all_uses_with(new if match.part is old else match.part)
+
+    def finish(self, program: Program) -> str | None:
+        spared: Counter[str] = program.options.pop(_NOTES, Counter())
+        return "; ".join(f"{n} spared: {why}" for why, n in spared.items()) or None
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """A gated MLP, perhaps times the sigmoid of a gate [.., 1]."""
+
+    x: fx.Node
+    activation: str
+    first: fx.Node
+    """Weight [W, H] of the half that is activated, or [2 W, H] of both."""
+    second: fx.Node | None
+    last: fx.Node
+    gate: fx.Node | None
+    """Weight [1, H]."""
+    chain: frozenset[fx.Node]
+    """All calls that make it."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Experts, what chose them, and what is to be joined to them."""
+
+    experts: fx.Node
+    part: fx.Node
+    """The summand that is a view of them."""
+    route: fx.Node
+    mlp: _Mlp
+    count: int
+    gate_up: list[Units]
+    down: list[Units]
+
+
+def _match(program: Program, total: fx.Node) -> _Match | str | None:
+    """What to rewrite; why a shared MLP is spared; None if there is none."""
+    for part, other in operands(total, aten.add.Tensor):
+        old = _experts_in(part)
+        mlp = None if old is None else _mlp(other)
+        if old is None or mlp is None:
+            continue
+        if any(user is not total and user not in mlp.chain for n in mlp.chain for user in n.users):
+            return "something else reads it"
+        if behind_views(part) is not old:
+            return "the routed sum is scaled"
+        between = [part, *_views_to(part)]
+        if any(len(node.users) != 1 for node in between):
+            return "something else reads the routed sum"
+        return _fitted(program, old, part, mlp)
+    return None
+
+
+def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: _Mlp) -> _Match | str:
+    given = experts.bind(old.args, old.kwargs)
+    stacks = [given["gate_up"], given["down"]]
+    inner, hidden = int(stacks[1].meta["val"].shape[2]), int(stacks[1].meta["val"].shape[1])
+    plain = given["gated"] and not any(
+        given[name]
+        for name in ("gate_up_bias", "down_bias", "interleaved", "transposed", "limit", "alpha",
+                     "shared", "residual")
+    )  # fmt: skip
+    if not plain or mlp.activation != given["activation"]:
+        return "experts of another form"
+    if behind_views(given["x"]) is not mlp.x or given["x"].meta["val"].shape[-1] != hidden:
+        return "it reads other rows"
+    width = int(mlp.last.meta["val"].shape[1])
+    if mlp.last.meta["val"].shape[0] != hidden or width % inner:
+        return "its width is no multiple of an expert's"
+    choice = _router(given, mlp)
+    if isinstance(choice, str):
+        return choice
+    count = width // inner
+    if count + choice.args[1] > _MOST_CHOICES:  # type: ignore[operator]
+        return "it is too wide"
+    sides = [n for n in (mlp.first, mlp.second) if n is not None]
+    shape = (inner, hidden)
+    halves = [u for side in sides for units in units_of(program, side, shape) for u in units.each()]
+    shared = [u for pair in zip(halves[:count], halves[count:], strict=False) for u in pair]
+    up, down = (units_of(program, s, u) for s, u in zip(stacks, (shape, shape[::-1]), strict=True))
+    last = units_of(program, mlp.last, shape[::-1], beside=count > 1)
+    if len(shared) != 2 * count or not all((up, down, last)) or len({u.dtype for u in (*shared, *up, *last)}) > 1:
+        return "weights of another form"
+    return _Match(old, part, choice, mlp, count, [*shared, *up], [*last, *down])
+
+
+def _router(given: dict[str, Any], mlp: _Mlp) -> fx.Node | str:
+    """The `route` whose choice, and all of it, experts read; or why it cannot name more."""
+    index, weights = given["top_k_index"], given["top_k_weights"]
+    if not is_call(index, operator.getitem) or not is_call(index.args[0], route.overload):
+        return "its router is not one op"
+    choice = index.args[0]
+    if not is_call(weights, operator.getitem) or weights.args[0] is not choice:
+        return "routed weights are scaled"
+    if any(len(node.users) != 1 for node in choice.users) or len(choice.users) != 2:
+        return "something else reads its router's choice"
+    linear = choice.args[0]
+    if mlp.gate is None:
+        return choice
+    plain = is_call(linear, aten.linear.default) and len(linear.args) == 2 and not linear.kwargs
+    if not plain or len(linear.users) != 1:
+        return "its router is of another form"
+    weight = behind_casts(linear.args[1])
+    same = behind_views(behind_casts(linear.args[0])) is mlp.x
+    alike = weight.meta["val"].dtype is mlp.gate.meta["val"].dtype
+    return choice if same and alike and weight.op == "get_attr" else "its router is of another form"
+
+
+def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
+    """Index and weights of a route that names shared experts as well."""
+    old, gate = match.route, 0
+    given = route.bind(old.args, old.kwargs)
+    logits = given["logits"]
+    if match.mlp.gate is not None:
+        x, wide = logits.args
+        weight = behind_casts(wide)
+        gate, width = (int(size) for size in weight.meta["val"].shape)
+        rows = [unit for n in (weight, match.mlp.gate) for unit in units_of(program, n, (width,))]
+        name = f"{weight.target}_and_gate"
+        both = joined(program, name, rows, logits, padding=-(gate + 1) % _ALIGNED)
+        if wide is not weight:
+            both = program.call(wide.target, both, **wide.kwargs, before=logits, like=wide)
+        logits = program.call(aten.linear.default, x, both, before=logits, like=logits)
+    given |= {"logits": logits, "shared": match.count, "gate": gate}
+    chosen = program.call(route.overload, *given.values(), before=old, like=old)
+    index, weights = (
+        program.call(operator.getitem, chosen, place, before=old, like=old) for place in (0, 1)
+    )
+    return index, weights
+
+
+def _experts_in(part: fx.Node) -> fx.Node | None:
+    """The experts that `part` is a view of, or a scaled view."""
+    node: Any = behind_views(part)
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor):
+        node = behind_views(node.args[0])
+    return node if is_call(node, experts.overload) else None
+
+
+def _views_to(part: fx.Node) -> list[fx.Node]:
+    """What `part` is a view of, one after the other."""
+    found = []
+    while is_call(part, *VIEWS):
+        part = part.args[0]  # type: ignore[assignment]
+        found.append(part)
+    return found
+
+
+def _mlp(node: fx.Node) -> _Mlp | None:
+    """The MLP that `node` is a view of, if it is one over weights of its own."""
+    chain: set[fx.Node] = set()
+    product, gate = _past_views(node, chain), None
+    for scale, scaled in operands(product, aten.mul.Tensor):
+        if is_call(scale, aten.sigmoid.default):
+            linear = _past_views(scale.args[0], chain)
+            chain |= {product, scale}
+            gate = _linear(linear, chain)
+            product = _past_views(scaled, chain)
+            if gate is None or gate[1].meta["val"].shape[0] != 1:
+                return None
+            break
+    outer = _linear(product, chain)
+    if outer is None:
+        return None
+    inner = _past_views(outer[0], chain)
+    sides = _sides(inner, chain)
+    if sides is None:
+        return None
+    activation, linears = sides
+    inputs = {behind_views(linear[0]) for linear in (*linears, *([gate] if gate else []))}
+    if len(inputs) != 1:
+        return None
+    weights = [linear[1] for linear in linears]
+    second = weights[1] if len(weights) > 1 else None
+    scale_weight = None if gate is None else gate[1]
+    (x,) = inputs
+    return _Mlp(x, activation, weights[0], second, outer[1], scale_weight, frozenset(chain))
+
+
+def _sides(
+    inner: fx.Node, chain: set[fx.Node]
+) -> tuple[str, list[tuple[fx.Node, fx.Node]]] | None:
+    """The activation of a gate, and the linears [(x, weight)] of its sides, or of both in one."""
+    chain.add(inner)
+    halved = match_gate(inner)
+    if halved is not None:
+        source, name = halved
+        pending = [inner]
+        while pending:
+            node = pending.pop()
+            if node is not source:
+                chain.add(node)
+                pending += node.all_input_nodes
+        both = _linear(_past_views(source, chain), chain)
+        return None if both is None else (name, [both])
+    for active, other in operands(inner, aten.mul.Tensor):
+        name = activation_of(active) or ""
+        if name:
+            chain.add(active)
+            first = _linear(_past_views(active.args[0], chain), chain)
+            second = _linear(_past_views(other, chain), chain)
+            return (name, [first, second]) if first and second else None
+    return None
+
+
+def _past_views(node: Any, chain: set[fx.Node]) -> fx.Node:
+    """What a node is a view of; the views join the chain."""
+    chain.update(n for n in (node, *_views_to(node)) if is_call(n, *VIEWS))
+    return behind_views(node)
+
+
+def _linear(node: fx.Node, chain: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """x and weight of a linear without bias; it joins the chain."""
+    if not is_call(node, aten.linear.default) or len(node.args) != 2 or node.kwargs:
+        return None
+    x, weight = node.args
+    chain.add(node)
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return x, weight
