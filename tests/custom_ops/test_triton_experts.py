@@ -152,6 +152,27 @@ def test_shared_experts_do_not_count_where_few_pairs_run_by_themselves(monkeypat
     assert_equal_to_reference(with_shared(4, 1, total=33))
 
 
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_many_tokens_go_through_shared_experts_in_dense_products(
+    shared, residual, dtype, monkeypatch
+):
+    monkeypatch.setattr(triton_experts, "TILES", TILES[-1:])
+    arguments = with_shared(70, shared, bias=False, dtype=dtype)
+    arguments["top_k_weights"] = arguments["top_k_weights"].float()
+    if residual:
+        arguments["residual"] = arguments["x"].clone()
+    assert_equal_to_reference(arguments)
+
+
+@pytest.mark.parametrize("form", [{"gated": False}, {"transposed": True}, {"bias": True}], ids=str)
+def test_shared_experts_of_other_forms_stay_with_the_others(form, monkeypatch):
+    monkeypatch.setattr(triton_experts, "TILES", TILES[-1:])
+    monkeypatch.delattr(triton_experts, "shared_products")
+    assert_equal_to_reference(with_shared(20, 1, **{"bias": False, **form}))
+
+
 def test_rows_and_choices_may_be_strided():
     for tokens in (1, 9):
         arguments = layer(tokens)

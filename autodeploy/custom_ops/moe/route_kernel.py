@@ -21,7 +21,7 @@ def route_kernel(
     BLOCK_CHOICES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """logits [tokens, EXPERTS], rows `stride` apart -> index and weights [tokens, SHARED + CHOICES].
+    """logits [tokens, EXPERTS], rows `stride` apart -> index, weights [tokens, SHARED + CHOICES].
 
     SHARED experts, which come before all others, are every token's. GATED: the logit after those of
     the others is their gate.

@@ -17,7 +17,8 @@ from .route import route
 @register_op(
     "routed(Tensor x, Tensor weight, int k, bool normalize, ScalarType dtype, int shared=0, "
     "int gate=0, Tensor? bias=None, bool wide=False, Tensor? norm_weight=None, bool norm=False, "
-    "float eps=0.0, float norm_offset=0.0, bool cast_before_weight=True) -> (Tensor, Tensor, Tensor)",
+    "float eps=0.0, float norm_offset=0.0, bool cast_before_weight=True) "
+    "-> (Tensor, Tensor, Tensor)",
     capturable=True,
 )
 def routed(

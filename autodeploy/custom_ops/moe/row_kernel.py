@@ -46,7 +46,7 @@ def row_up_kernel(
     place = pair % CHOICES
     # Whole rows of known experts are on their way while a router still chooses the others.
     AHEAD: tl.constexpr = SHARED if PDL and BLOCK_K >= WIDTH else 0
-    if PDL:
+    if PDL:  # noqa: SIM102 - one is known when it is compiled, the other when it runs
         if place >= AHEAD:
             tl.extra.cuda.gdc_wait()
             # Only now: `row_down_kernel` may begin to read weights when the experts are known.
@@ -67,7 +67,7 @@ def row_up_kernel(
         w_tile = tl.load(w_at, mask=exists[:, None] & inside[None, :], other=0.0)
         # All loads of weights are under way before one is waited for: ptxas mixes them with sums.
         tl.debug_barrier()
-        if AHEAD > 0:
+        if AHEAD > 0:  # noqa: SIM102
             if place < AHEAD:
                 tl.extra.cuda.gdc_wait()
                 tl.extra.cuda.gdc_launch_dependents()

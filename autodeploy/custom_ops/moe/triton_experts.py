@@ -18,6 +18,7 @@ from .. import gpu
 from ..op import Choice
 from .experts import experts
 from .gates import ACTIVATIONS
+from .shared_products import shared_products
 from .sorted_pairs import SortedPairs, sort_pairs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +140,12 @@ def grouped(
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
         return by_row(x, index, weights, up, back, residual, shared=shared)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
+    biased = gate_up_bias is not None or down_bias is not None
+    plain = gated and not (biased or interleaved or transposed or limit or alpha)
+    if shared and plain and tiles is TILES[-1]:
+        alone = (weights[:, :shared], gate_up[:shared].mT, down[:shared].mT)
+        residual = shared_products(x, *alone, activation, residual)
+        index, weights = index[:, shared:].contiguous(), weights[:, shared:].contiguous()
     return by_block(x, index, weights, up, back, tiles, residual)
 
 
@@ -209,8 +216,8 @@ def by_row(
     tile = up_tile or _up_tile(up)
     row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
         x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **counts,
-        SHARED=shared, BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
-        **options,
+        SHARED=shared, BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages,
+        num_warps=tile.warps, **options,
     )  # fmt: skip
     columns, depth = _beside(down, down_tile, choices)
     early = down.early(2 * down.plain["WIDTH"]) if down_tile.early and options else 0

@@ -28,11 +28,11 @@ from torch import fx
 
 from autodeploy.custom_ops.moe import experts, route
 
+from ..gated_mlp import GatedMlp, gated_mlp
 from ..program import Fact, Program
 from ..transform import Site, Transform, is_call, register_transform
 from ..units import Units, joined, units_of
 from ..walk import VIEWS, behind_casts, behind_views, operands
-from .fuse_gated_activation import activation_of, match_gate
 
 aten = torch.ops.aten
 _NOTES = "fuse_shared_experts"
@@ -88,22 +88,6 @@ class FuseSharedExperts(Transform):
 
 
 @dataclass(frozen=True)
-class _Mlp:
-    """A gated MLP, perhaps times the sigmoid of a gate [.., 1]."""
-
-    x: fx.Node
-    activation: str
-    first: fx.Node
-    """Weight [W, H] of the half that is activated, or [2 W, H] of both."""
-    second: fx.Node | None
-    last: fx.Node
-    gate: fx.Node | None
-    """Weight [1, H]."""
-    chain: frozenset[fx.Node]
-    """All calls that make it."""
-
-
-@dataclass(frozen=True)
 class _Match:
     """Experts, what chose them, and what is to be joined to them."""
 
@@ -111,7 +95,7 @@ class _Match:
     part: fx.Node
     """The summand that is a view of them."""
     route: fx.Node
-    mlp: _Mlp
+    mlp: GatedMlp
     count: int
     gate_up: list[Units]
     down: list[Units]
@@ -121,10 +105,10 @@ def _match(program: Program, total: fx.Node) -> _Match | str | None:
     """What to rewrite; why a shared MLP is spared; None if there is none."""
     for part, other in operands(total, aten.add.Tensor):
         old = _experts_in(part)
-        mlp = None if old is None else _mlp(other)
+        mlp = None if old is None else gated_mlp(other)
         if old is None or mlp is None:
             continue
-        if any(user is not total and user not in mlp.chain for n in mlp.chain for user in n.users):
+        if any(user is not total and user not in mlp.calls for n in mlp.calls for user in n.users):
             return "something else reads it"
         if behind_views(part) is not old:
             return "the routed sum is scaled"
@@ -135,7 +119,7 @@ def _match(program: Program, total: fx.Node) -> _Match | str | None:
     return None
 
 
-def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: _Mlp) -> _Match | str:
+def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: GatedMlp) -> _Match | str:
     given = experts.bind(old.args, old.kwargs)
     stacks = [given["gate_up"], given["down"]]
     inner, hidden = int(stacks[1].meta["val"].shape[2]), int(stacks[1].meta["val"].shape[1])
@@ -157,18 +141,18 @@ def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: _Mlp) -> _Match 
     count = width // inner
     if count + choice.args[1] > _MOST_CHOICES:  # type: ignore[operator]
         return "it is too wide"
-    sides = [n for n in (mlp.first, mlp.second) if n is not None]
-    shape = (inner, hidden)
-    halves = [u for side in sides for units in units_of(program, side, shape) for u in units.each()]
-    shared = [u for pair in zip(halves[:count], halves[count:], strict=False) for u in pair]
-    up, down = (units_of(program, s, u) for s, u in zip(stacks, (shape, shape[::-1]), strict=True))
-    last = units_of(program, mlp.last, shape[::-1], beside=count > 1)
-    if len(shared) != 2 * count or not all((up, down, last)) or len({u.dtype for u in (*shared, *up, *last)}) > 1:
+    tall, flat = (inner, hidden), (hidden, inner)
+    halves = [u for n in mlp.sides for units in units_of(program, n, tall) for u in units.each()]
+    pairs = [u for pair in zip(halves[:count], halves[count:], strict=False) for u in pair]
+    last = units_of(program, mlp.last, flat, beside=count > 1)
+    up, down = units_of(program, stacks[0], tall), units_of(program, stacks[1], flat)
+    dtypes = {units.dtype for units in (*pairs, *last, *up, *down)}
+    if len(pairs) != 2 * count or not (last and up and down) or len(dtypes) > 1:
         return "weights of another form"
-    return _Match(old, part, choice, mlp, count, [*shared, *up], [*last, *down])
+    return _Match(old, part, choice, mlp, count, [*pairs, *up], [*last, *down])
 
 
-def _router(given: dict[str, Any], mlp: _Mlp) -> fx.Node | str:
+def _router(given: dict[str, Any], mlp: GatedMlp) -> fx.Node | str:
     """The `route` whose choice, and all of it, experts read; or why it cannot name more."""
     index, weights = given["top_k_index"], given["top_k_weights"]
     if not is_call(index, operator.getitem) or not is_call(index.args[0], route.overload):
@@ -228,77 +212,3 @@ def _views_to(part: fx.Node) -> list[fx.Node]:
         part = part.args[0]  # type: ignore[assignment]
         found.append(part)
     return found
-
-
-def _mlp(node: fx.Node) -> _Mlp | None:
-    """The MLP that `node` is a view of, if it is one over weights of its own."""
-    chain: set[fx.Node] = set()
-    product, gate = _past_views(node, chain), None
-    for scale, scaled in operands(product, aten.mul.Tensor):
-        if is_call(scale, aten.sigmoid.default):
-            linear = _past_views(scale.args[0], chain)
-            chain |= {product, scale}
-            gate = _linear(linear, chain)
-            product = _past_views(scaled, chain)
-            if gate is None or gate[1].meta["val"].shape[0] != 1:
-                return None
-            break
-    outer = _linear(product, chain)
-    if outer is None:
-        return None
-    inner = _past_views(outer[0], chain)
-    sides = _sides(inner, chain)
-    if sides is None:
-        return None
-    activation, linears = sides
-    inputs = {behind_views(linear[0]) for linear in (*linears, *([gate] if gate else []))}
-    if len(inputs) != 1:
-        return None
-    weights = [linear[1] for linear in linears]
-    second = weights[1] if len(weights) > 1 else None
-    scale_weight = None if gate is None else gate[1]
-    (x,) = inputs
-    return _Mlp(x, activation, weights[0], second, outer[1], scale_weight, frozenset(chain))
-
-
-def _sides(
-    inner: fx.Node, chain: set[fx.Node]
-) -> tuple[str, list[tuple[fx.Node, fx.Node]]] | None:
-    """The activation of a gate, and the linears [(x, weight)] of its sides, or of both in one."""
-    chain.add(inner)
-    halved = match_gate(inner)
-    if halved is not None:
-        source, name = halved
-        pending = [inner]
-        while pending:
-            node = pending.pop()
-            if node is not source:
-                chain.add(node)
-                pending += node.all_input_nodes
-        both = _linear(_past_views(source, chain), chain)
-        return None if both is None else (name, [both])
-    for active, other in operands(inner, aten.mul.Tensor):
-        name = activation_of(active) or ""
-        if name:
-            chain.add(active)
-            first = _linear(_past_views(active.args[0], chain), chain)
-            second = _linear(_past_views(other, chain), chain)
-            return (name, [first, second]) if first and second else None
-    return None
-
-
-def _past_views(node: Any, chain: set[fx.Node]) -> fx.Node:
-    """What a node is a view of; the views join the chain."""
-    chain.update(n for n in (node, *_views_to(node)) if is_call(n, *VIEWS))
-    return behind_views(node)
-
-
-def _linear(node: fx.Node, chain: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """x and weight of a linear without bias; it joins the chain."""
-    if not is_call(node, aten.linear.default) or len(node.args) != 2 or node.kwargs:
-        return None
-    x, weight = node.args
-    chain.add(node)
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return None
-    return x, weight
