@@ -95,8 +95,10 @@ class _Match:
     part: fx.Node
     """The summand that is a view of them."""
     route: fx.Node
-    mlp: GatedMlp
     count: int
+    """How many experts the MLP makes."""
+    rows: list[Units]
+    """Of the router's weight and the gate; none without a gate."""
     gate_up: list[Units]
     down: list[Units]
 
@@ -112,9 +114,11 @@ def _match(program: Program, total: fx.Node) -> _Match | str | None:
             return "something else reads it"
         if behind_views(part) is not old:
             return "the routed sum is scaled"
-        between = [part, *_views_to(part)]
-        if any(len(node.users) != 1 for node in between):
+        if any(len(node.users) != 1 for node in (part, *_views_to(part))):
             return "something else reads the routed sum"
+        # Symbols compare by expression: never ask the shape environment, which would guard.
+        if len({str(node.meta["val"].shape) for node in (part, other, total)}) > 1:
+            return "the sum has another shape"
         return _fitted(program, old, part, mlp)
     return None
 
@@ -132,15 +136,20 @@ def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: GatedMlp) -> _Ma
         return "experts of another form"
     if behind_views(given["x"]) is not mlp.x or given["x"].meta["val"].shape[-1] != hidden:
         return "it reads other rows"
-    width = int(mlp.last.meta["val"].shape[1])
-    if mlp.last.meta["val"].shape[0] != hidden or width % inner:
+    out, width = (int(size) for size in mlp.last.meta["val"].shape)
+    if width % inner:
         return "its width is no multiple of an expert's"
+    if out != hidden or any(side.meta["val"].shape[1] != hidden for side in mlp.sides):
+        return "weights of another form"
     choice = _router(given, mlp)
     if isinstance(choice, str):
         return choice
     count = width // inner
     if count + choice.args[1] > _MOST_CHOICES:  # type: ignore[operator]
         return "it is too wide"
+    rows = _rows(program, choice, mlp)
+    if mlp.gate is not None and not rows:
+        return "its router is of another form"
     tall, flat = (inner, hidden), (hidden, inner)
     halves = [u for n in mlp.sides for units in units_of(program, n, tall) for u in units.each()]
     pairs = [u for pair in zip(halves[:count], halves[count:], strict=False) for u in pair]
@@ -149,7 +158,7 @@ def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: GatedMlp) -> _Ma
     dtypes = {units.dtype for units in (*pairs, *last, *up, *down)}
     if len(pairs) != 2 * count or not (last and up and down) or len(dtypes) > 1:
         return "weights of another form"
-    return _Match(old, part, choice, mlp, count, [*pairs, *up], [*last, *down])
+    return _Match(old, part, choice, count, rows, [*pairs, *up], [*last, *down])
 
 
 def _router(given: dict[str, Any], mlp: GatedMlp) -> fx.Node | str:
@@ -162,16 +171,21 @@ def _router(given: dict[str, Any], mlp: GatedMlp) -> fx.Node | str:
         return "routed weights are scaled"
     if any(len(node.users) != 1 for node in choice.users) or len(choice.users) != 2:
         return "something else reads its router's choice"
-    linear = choice.args[0]
-    if mlp.gate is None:
-        return choice
+    return choice
+
+
+def _rows(program: Program, choice: fx.Node, mlp: GatedMlp) -> list[Units]:
+    """Rows of the weight behind a router's logits, and the gate of an MLP over the same rows."""
+    linear: Any = choice.args[0]
     plain = is_call(linear, aten.linear.default) and len(linear.args) == 2 and not linear.kwargs
-    if not plain or len(linear.users) != 1:
-        return "its router is of another form"
-    weight = behind_casts(linear.args[1])
-    same = behind_views(behind_casts(linear.args[0])) is mlp.x
-    alike = weight.meta["val"].dtype is mlp.gate.meta["val"].dtype
-    return choice if same and alike and weight.op == "get_attr" else "its router is of another form"
+    if mlp.gate is None or not plain or len(linear.users) != 1:
+        return []
+    if behind_views(behind_casts(linear.args[0])) is not mlp.x:
+        return []
+    row = (int(mlp.gate.meta["val"].shape[1]),)
+    parts = [units_of(program, node, row) for node in (behind_casts(linear.args[1]), mlp.gate)]
+    alike = len({units.dtype for part in parts for units in part}) == 1
+    return [units for part in parts for units in part] if all(parts) and alike else []
 
 
 def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
@@ -179,13 +193,12 @@ def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
     old, gate = match.route, 0
     given = route.bind(old.args, old.kwargs)
     logits = given["logits"]
-    if match.mlp.gate is not None:
+    if match.rows:
         x, wide = logits.args
         weight = behind_casts(wide)
-        gate, width = (int(size) for size in weight.meta["val"].shape)
-        rows = [unit for n in (weight, match.mlp.gate) for unit in units_of(program, n, (width,))]
-        name = f"{weight.target}_and_gate"
-        both = joined(program, name, rows, logits, padding=-(gate + 1) % _ALIGNED)
+        gate = int(weight.meta["val"].shape[0])
+        name, padding = f"{weight.target}_and_gate", -(gate + 1) % _ALIGNED
+        both = joined(program, name, match.rows, logits, padding)
         if wide is not weight:
             both = program.call(wide.target, both, **wide.kwargs, before=logits, like=wide)
         logits = program.call(aten.linear.default, x, both, before=logits, like=logits)
