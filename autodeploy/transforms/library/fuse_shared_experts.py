@@ -197,7 +197,7 @@ def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
         x, wide = logits.args
         weight = behind_casts(wide)
         gate = int(weight.meta["val"].shape[0])
-        name, padding = f"{weight.target}_and_gate", -(gate + 1) % _ALIGNED
+        name, padding = f"{behind_views(weight).target}_and_gate", -(gate + 1) % _ALIGNED
         both = joined(program, name, match.rows, logits, padding)
         if wide is not weight:
             both = program.call(wide.target, both, **wide.kwargs, before=logits, like=wide)
