@@ -199,6 +199,22 @@ def test_the_whole_recipe_keeps_the_logits_in_prefill_and_decode(kind, layers, d
     assert all(node.args[-1] is not None for node in found)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_next", "deepseek_v2"])
+def test_less_is_rounded_than_before(kind):
+    model = tiny_model(kind, **MODELS[kind]).to(torch.bfloat16)
+    wide = logits(program_of(tiny_model(kind, **MODELS[kind]).bfloat16().float()), 9, 8, 7)
+
+    def error(program):
+        """Of most rows: a choice of experts may fall the other way by rounding alone."""
+        rows = (logits(program, 9, 8, 7).float() - wide).norm(dim=-1) / wide.norm(dim=-1)
+        return rows.sort().values[:16].mean()
+
+    program = routed_program(model)
+    before = error(program)
+    run_step(program, Step("f", TRANSFORMS["fuse_shared_experts"](**ON_CPU)))
+    assert error(program) < 1.1 * before
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid"])
 def test_a_kept_program_reads_joined_experts_from_the_checkpoint(kind, tmp_path):
     model = tiny_model(kind, **MODELS[kind])
