@@ -144,7 +144,7 @@ def biased(program, node):
     ("change", "note"),
     [
         (scaled, "scaled"),
-        (scaled_weights, "routed weights are scaled"),
+        (scaled_weights, "router is of another form"),
         (read_elsewhere, "something else reads it"),
         (activated_otherwise, "another form"),
         (biased, "router is of another form"),
@@ -164,11 +164,22 @@ def test_a_width_that_is_no_multiple_is_spared():
     rewritten(routed_program(model), 0, note="1 spared: its width is no multiple")
 
 
-@pytest.mark.parametrize(
-    ("kind", "note"), [("deepseek_v3", "router is not one op"), ("mixtral", ""), ("llama", "")]
-)
-def test_other_routers_and_layers_are_spared(kind, note):
-    rewritten(routed_program(tiny_model(kind)), 0, note=note)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2"])
+def test_the_choice_of_any_router_is_padded_if_it_takes_no_gate(kind):
+    program = routed_program(tiny_model(kind, **MODELS.get(kind, {})))
+    (node,) = (n for n in program.graph.nodes if is_call(n, experts.overload))
+    total = node.args[3].meta["val"].shape[0]
+    if kind == "deepseek_v2":
+        scaled_weights(program, node)
+    (form,) = calls_of(rewritten(program, 1), experts)
+    assert is_call(form["top_k_index"], aten.constant_pad_nd.default)
+    assert is_call(form["top_k_weights"], aten.constant_pad_nd.default)
+    assert form["shared"] == form["gate_up"].meta["val"].shape[0] - total > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_layers_without_shared_experts_are_spared(kind):
+    rewritten(routed_program(tiny_model(kind)), 0)
 
 
 def test_nothing_is_done_on_devices_where_it_does_not_pay():

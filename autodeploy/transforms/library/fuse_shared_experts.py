@@ -9,9 +9,10 @@ becomes
     y = experts(x, index, weights, n parts of (w1, w2) ++ gate_up, n parts of w3 ++ down, shared=n)
 
 where the MLP is n times as wide as an expert: a gated MLP is the sum of its parts. The gate may be
-missing, and w1 and w2 may be one linear. Up to four launches less for a few tokens, and weights are
-read in one go. The sum is exact, and is rounded once where it was rounded three times. Spared, with
-a note in the report, are MLPs and routers of other forms. Before `fuse_parallel_linears`, which
+missing, and w1 and w2 may be one linear. Without a gate the choice of any router will do: index and
+weights are padded, after whatever scales the weights. Two to four launches less for a few tokens,
+and weights are read in one go. The sum is exact, and rounded once where it was rounded three times.
+Spared, with a note in the report, are MLPs of other forms. Before `fuse_parallel_linears`, which
 would make the router and parts of the MLP one product.
 """
 
@@ -38,6 +39,8 @@ aten = torch.ops.aten
 _NOTES = "fuse_shared_experts"
 # What a kernel of the router writes for a token.
 _MOST_CHOICES = 32
+# Of another router, pads of one number each.
+_MOST_PADDED = 4
 # Rows of logits begin at multiples of 16 bytes: kernels are slow at odd addresses.
 _ALIGNED = 8
 
@@ -94,7 +97,8 @@ class _Match:
     experts: fx.Node
     part: fx.Node
     """The summand that is a view of them."""
-    route: fx.Node
+    route: fx.Node | None
+    """None: another router, whose choice is taken as it is."""
     count: int
     """How many experts the MLP makes."""
     rows: list[Units]
@@ -141,11 +145,8 @@ def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: GatedMlp) -> _Ma
         return "its width is no multiple of an expert's"
     if out != hidden or any(side.meta["val"].shape[1] != hidden for side in mlp.sides):
         return "weights of another form"
-    choice = _router(given, mlp)
-    if isinstance(choice, str):
-        return choice
-    count = width // inner
-    if count + choice.args[1] > _MOST_CHOICES:  # type: ignore[operator]
+    count, choice = width // inner, _router(given)
+    if count > (_MOST_PADDED if choice is None else _MOST_CHOICES - choice.args[1]):  # type: ignore[operator]
         return "it is too wide"
     rows = _rows(program, choice, mlp)
     if mlp.gate is not None and not rows:
@@ -161,24 +162,23 @@ def _fitted(program: Program, old: fx.Node, part: fx.Node, mlp: GatedMlp) -> _Ma
     return _Match(old, part, choice, count, rows, [*pairs, *up], [*last, *down])
 
 
-def _router(given: dict[str, Any], mlp: GatedMlp) -> fx.Node | str:
-    """The `route` whose choice, and all of it, experts read; or why it cannot name more."""
-    index, weights = given["top_k_index"], given["top_k_weights"]
-    if not is_call(index, operator.getitem) or not is_call(index.args[0], route.overload):
-        return "its router is not one op"
-    choice = index.args[0]
-    if not is_call(weights, operator.getitem) or weights.args[0] is not choice:
-        return "routed weights are scaled"
-    if any(len(node.users) != 1 for node in choice.users) or len(choice.users) != 2:
-        return "something else reads its router's choice"
-    return choice
+def _router(given: dict[str, Any]) -> fx.Node | None:
+    """The `route` whose choice, and all of it as it is, experts read; None for another router."""
+    read = [given["top_k_index"], given["top_k_weights"]]
+    if not all(is_call(node, operator.getitem) and len(node.users) == 1 for node in read):
+        return None
+    choice = read[0].args[0]
+    alone = is_call(choice, route.overload) and set(choice.users) == set(read)
+    return choice if alone else None
 
 
-def _rows(program: Program, choice: fx.Node, mlp: GatedMlp) -> list[Units]:
+def _rows(program: Program, choice: fx.Node | None, mlp: GatedMlp) -> list[Units]:
     """Rows of the weight behind a router's logits, and the gate of an MLP over the same rows."""
+    if mlp.gate is None or choice is None:
+        return []
     linear: Any = choice.args[0]
     plain = is_call(linear, aten.linear.default) and len(linear.args) == 2 and not linear.kwargs
-    if mlp.gate is None or not plain or len(linear.users) != 1:
+    if not plain or len(linear.users) != 1:
         return []
     if behind_views(behind_casts(linear.args[0])) is not mlp.x:
         return []
@@ -189,8 +189,10 @@ def _rows(program: Program, choice: fx.Node, mlp: GatedMlp) -> list[Units]:
 
 
 def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
-    """Index and weights of a route that names shared experts as well."""
+    """Index and weights that name shared experts as well."""
     old, gate = match.route, 0
+    if old is None:
+        return _padded(program, match)
     given = route.bind(old.args, old.kwargs)
     logits = given["logits"]
     if match.rows:
@@ -208,6 +210,18 @@ def _chosen(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
         program.call(operator.getitem, chosen, place, before=old, like=old) for place in (0, 1)
     )
     return index, weights
+
+
+def _padded(program: Program, match: _Match) -> tuple[fx.Node, fx.Node]:
+    """Of another router: a sum and pads, which `fuse_rest` makes a part of its last piece."""
+    old = match.experts
+    given = experts.bind(old.args, old.kwargs)
+    place = {"before": old, "like": old}
+    pad = aten.constant_pad_nd.default
+    index = program.call(aten.add.Tensor, given["top_k_index"], match.count, **place)
+    for expert in reversed(range(match.count)):
+        index = program.call(pad, index, [1, 0], expert, **place)
+    return index, program.call(pad, given["top_k_weights"], [match.count, 0], 1.0, **place)
 
 
 def _experts_in(part: fx.Node) -> fx.Node | None:
