@@ -1,7 +1,9 @@
 """Gated MLPs as a graph spells them out, with a gate of their rows perhaps.
 
-a = linear(x, w1); b = linear(x, w2)            # or halves of one linear
-y = mul(sigmoid(linear(x, gate)), linear(mul(silu(a), b), w3))
+    a = linear(x, w1); b = linear(x, w2)            # or halves of one linear
+    y = mul(sigmoid(linear(x, gate)), linear(mul(silu(a), b), w3))
+
+Seen before linears are joined or take in what follows them; halves also afterwards.
 """
 
 from __future__ import annotations
