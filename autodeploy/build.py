@@ -22,6 +22,7 @@ from torch import nn
 
 from .compile_checkpoint import compile_in_child
 from .config import DeployConfig
+from .custom_ops.kernel_count import counted_kernels
 from .errors import UnsupportedModelError
 from .runtime.engine import EngineConfig, EngineCore
 from .runtime.grammars import Grammars, grammars_of
@@ -73,29 +74,33 @@ def build_engine(config: DeployConfig) -> EngineCore:
             f"only a model that runs packed and cached can embed, and this one does not: "
             f"{summary.get('cause', 'its rung is ' + summary['rung'])}"
         )
-    with phases.timed("memory"):
-        engine = EngineCore(
-            runner,
-            EngineConfig(
-                scheduler=_scheduler_config(config, runner.contract.device),
-                kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                num_pages=config.num_pages,
-                # A prompt is one step, or a few; there is nothing to plan ahead of.
-                overlap=False if embeds else config.async_scheduling,
-                graph_sizes=_graph_sizes(config),
-                mixed_graphs=config.cudagraph_mode == "full",
-            ),
-            grammars=partial(_grammars, config, runner.contract.vocab_size),
-        )
-    if runner.contract.device.type == "cuda" and not embeds:
-        with phases.timed("rehearsal"):
-            rehearse(engine)
+    device = runner.contract.device
+    with counted_kernels(device) as kernels:
+        with phases.timed("memory"):
+            engine = EngineCore(
+                runner,
+                EngineConfig(
+                    scheduler=_scheduler_config(config, device),
+                    kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    num_pages=config.num_pages,
+                    # A prompt is one step, or a few; there is nothing to plan ahead of.
+                    overlap=False if embeds else config.async_scheduling,
+                    graph_sizes=_graph_sizes(config),
+                    mixed_graphs=config.cudagraph_mode == "full",
+                ),
+                grammars=partial(_grammars, config, runner.contract.vocab_size),
+            )
+        if device.type == "cuda" and not embeds:
+            with phases.timed("rehearsal"):
+                rehearse(engine)
     # Those of a kept program speak of the start that made it.
     engine.summary = {n: f for n, f in summary.items() if not n.endswith(" seconds")}
     contract = runner.contract
     dtype = str(contract.dtype).removeprefix("torch.")
     engine.summary |= {"device": str(contract.device), "dtype": dtype, **phases.facts()}
+    if kernels is not None:
+        engine.summary["kernels"] = str(kernels)
     if "recipe" in engine.summary:
         # A program made in another process knows its recipe as a dict, which has no name.
         engine.summary["recipe"] = recipe.name

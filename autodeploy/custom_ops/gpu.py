@@ -50,6 +50,11 @@ def runs_triton(device: torch.device) -> bool:
     return has_triton() and (device.type == "cuda" or _on_cpu.get())
 
 
+def compiles_triton(device: torch.device) -> bool:
+    """Whether kernels for tensors of this device are compiled, not interpreted."""
+    return device.type == "cuda" and has_triton() and not interpreted()
+
+
 @functools.cache
 def overlaps_launches() -> bool:
     """Whether a kernel may start while its predecessor ends (programmatic dependent launch).

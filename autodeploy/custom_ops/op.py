@@ -213,6 +213,14 @@ def register_op(
     return register
 
 
+def function_of(target: Any) -> Callable[..., Any] | None:
+    """What an overload of ours runs, as `Op.dispatched` made it; None for other functions."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return None
+    name, _, way = target._schema.name.split("::")[1].partition("__")
+    return OPS[name].implementation(way or "reference").function
+
+
 def op_of(target: Any) -> Op | None:
     """The `Op` behind a graph node's target, or None for a plain torch function."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:

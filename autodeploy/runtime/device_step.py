@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.compile_ahead import KernelsAhead
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.sampling import relay_best
 from autodeploy.custom_ops.step import open_step, place_pages
@@ -60,6 +61,8 @@ class DeviceStep:
         num_slots: requests that run at once.
         sizes: numbers of sequences to capture decoding steps for; empty: none.
         mixed_sizes: of steps with prompt tokens to capture; empty: none.
+        ahead: compiles kernels of all steps before the first is captured; what was asked of it is
+            compiled with them. None makes one.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class DeviceStep:
         num_slots: int,
         sizes: Sequence[int],
         mixed_sizes: Sequence[MixedSize] = (),
+        ahead: KernelsAhead | None = None,
     ) -> None:
         self.counts = GraphCounts()
         self._runner = runner
@@ -87,6 +91,9 @@ class DeviceStep:
         self._chose = False
         if sizes:
             self._prepare_graphs(max(sizes))
+        self._compile(sizes, KernelsAhead(self._device) if ahead is None else ahead)
+        self._mixed_graphs.capture()
+        if sizes:
             self._capture(sorted(sizes, reverse=True))
 
     def forward(self, plan: StepPlan) -> Tensor:
@@ -184,6 +191,18 @@ class DeviceStep:
     def _staging(self, tokens: int, sequences: int, rows: int) -> Staging:
         shapes = self._inputs.shapes(tokens, sequences, rows)
         return Staging({**shapes, _ROWS: ((sequences,), np.int64)}, self._device)
+
+    @torch.inference_mode()
+    def _compile(self, sizes: Sequence[int], ahead: KernelsAhead) -> None:
+        """All kernels of the steps that will be captured, side by side."""
+        for step in self._mixed_graphs.steps():
+            ahead.ask(step)
+        for size in sizes:
+            ahead.ask(partial(self._decode, size))
+        ahead.ask(self._relay.warm_up)
+        ahead.compile()
+        if self._device.type == "cuda":
+            self._relay.warm_up()
 
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int]) -> None:

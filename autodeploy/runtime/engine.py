@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.compile_ahead import KernelsAhead
 from autodeploy.errors import AutodeployError, EngineError, InvalidRequestError
 
 from .batch import StepPlan
@@ -33,7 +34,7 @@ from .caches import plan_caches
 from .device_step import DeviceStep
 from .engine_config import EngineConfig, mixed_sizes_of, overlaps, within_graph
 from .grammar_queue import GrammarQueue, GrammarSource
-from .memory import memory_for_caches
+from .memory import ask_for_prompts, memory_for_caches
 from .messages import (
     EngineReady,
     EngineRequest,
@@ -50,6 +51,7 @@ from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
 from .scheduler import Scheduler
+from .spans import WAIT, span
 from .staging import send
 from .step import make_step
 
@@ -111,10 +113,14 @@ class EngineCore:
     ) -> None:
         contract = runner.contract
         scheduler = within_graph(config.scheduler, contract)
+        ahead = KernelsAhead(contract.device)
         memory = config.kv_cache_memory_bytes
-        if memory is None and config.num_pages is None:
+        measured = memory is None and config.num_pages is None
+        if measured:
             mixed = mixed_sizes_of(config, scheduler, contract)
-            memory = memory_for_caches(runner, scheduler, config.gpu_memory_utilization, mixed)
+            memory = memory_for_caches(
+                runner, scheduler, config.gpu_memory_utilization, mixed, ahead
+            )
         caches = plan_caches(contract, scheduler, memory, config.num_pages)
         scheduler = dataclasses.replace(scheduler, max_num_seqs=caches.num_slots)
         # One slot more: padded sequences of CUDA graphs write there.
@@ -127,11 +133,15 @@ class EngineCore:
         self.cache_bytes = caches.bytes
         self._runner = runner
         self._scheduler = Scheduler(scheduler, contract, caches.num_pages, caches.max_model_len)
-        self._step = make_step(runner, self._scheduler, config, caches.num_slots)
         self._overlaps = overlaps(contract, runner, config)
         self._flight: _Flight | None = None
         self._pooler = None if contract.hidden is None else Pooler()
-        self._sampler = self._pooler or sampler or self._make_sampler(caches.num_slots)
+        self._sampler = self._pooler or sampler or Sampler(contract.vocab_size, caches.num_slots)
+        if not measured:
+            ask_for_prompts(runner, scheduler, ahead)
+        ahead.ask(self._warm_up)
+        self._step = make_step(runner, self._scheduler, config, caches.num_slots, ahead)
+        self._warm_up()
         self._compiling = GrammarQueue(grammars)
         self._requests: dict[str, RequestState] = {}
         self._free_rows: list[int] = []
@@ -217,8 +227,10 @@ class EngineCore:
         started = time.perf_counter()
         if self._compiling:
             self._admit_compiled()
-        plan = self._scheduler.schedule()
-        flight = self._launch(plan) if len(plan) else None
+        with span("autodeploy: schedule"):
+            plan = self._scheduler.schedule()
+        with span("autodeploy: launch"):
+            flight = self._launch(plan) if len(plan) else None
         if self._flight is not None:
             self._land(self._flight)
         self._flight = flight
@@ -269,15 +281,12 @@ class EngineCore:
                     )
                 )
 
-    def _make_sampler(self, num_slots: int) -> Sampler:
+    def _warm_up(self) -> None:
+        """Runs the sampler's kernels: they are compiled now, not while the first request waits."""
         contract = self._runner.contract
-        sampler = Sampler(contract.vocab_size, num_slots)
-        if contract.device.type == "cuda":
-            # Its kernels are compiled now, not while the first request waits.
-            sampler.warm_up(
-                torch.zeros(1, contract.vocab_size, dtype=contract.dtype, device=contract.device)
-            )
-        return sampler
+        if contract.device.type == "cuda" and isinstance(self._sampler, Sampler):
+            shape = (1, contract.vocab_size)
+            self._sampler.warm_up(torch.zeros(shape, dtype=contract.dtype, device=contract.device))
 
     def _launch(self, plan: StepPlan) -> _Flight:
         """Runs the model's part of a step; on an accelerator, without waiting for it."""
@@ -344,7 +353,8 @@ class EngineCore:
         """Waits for a step and hands out its tokens."""
         if flight.sampling is not None:
             started = time.perf_counter()
-            flight.sampling.wait()
+            with span(WAIT):
+                flight.sampling.wait()
             self._stats.waited_seconds += time.perf_counter() - started
             result = flight.sampling.result()
             if self._hand_out_together(flight, result):

@@ -8,13 +8,16 @@ other processes. The activations are measured on the largest step there will be.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.compile_ahead import KernelsAhead
 from autodeploy.custom_ops.contract import Contract
 from autodeploy.errors import OutOfMemoryError
 
@@ -41,11 +44,13 @@ def memory_for_caches(
     config: SchedulerConfig,
     utilization: float,
     mixed: Sequence[MixedSize] = (),
+    ahead: KernelsAhead | None = None,
 ) -> int | None:
     """Bytes all caches may take on the runner's device; None if that is the host.
 
     utilization: fraction of the device's memory that may be used in all.
     mixed: steps with prompt tokens that CUDA graphs will be captured of.
+    ahead: compiles the kernels of the measured step.
 
     Raises:
         OutOfMemoryError: nothing is left.
@@ -53,7 +58,7 @@ def memory_for_caches(
     device = runner.contract.device
     if device.type != "cuda":
         return None
-    activations = measure_activation_bytes(runner, config)
+    activations = measure_activation_bytes(runner, config, ahead)
     torch.cuda.empty_cache()
     # Afterwards: kernels and workspaces that the step has loaded are counted as used.
     free, total = torch.cuda.mem_get_info(device)
@@ -103,7 +108,9 @@ def cache_bytes(
     return left
 
 
-def measure_activation_bytes(runner: ModelRunner, config: SchedulerConfig) -> int:
+def measure_activation_bytes(
+    runner: ModelRunner, config: SchedulerConfig, ahead: KernelsAhead | None = None
+) -> int:
     """Most bytes of the device that a step needs beside weights and caches.
 
     Runs the model on as many tokens as a step can have, over caches of two pages: what the
@@ -124,6 +131,9 @@ def measure_activation_bytes(runner: ModelRunner, config: SchedulerConfig) -> in
     if contract.device.type != "cuda":
         runner.forward(inputs)
         return sampler
+    if ahead is not None:
+        ask_for_prompts(runner, config, ahead)
+        ahead.compile()
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(contract.device)
@@ -140,6 +150,19 @@ def measure_activation_bytes(runner: ModelRunner, config: SchedulerConfig) -> in
     forward = torch.cuda.max_memory_reserved(contract.device) - before
     # A step samples after its forward, in the memory that this has left, beside its logits.
     return max(forward, sampler)
+
+
+def ask_for_prompts(runner: ModelRunner, config: SchedulerConfig, ahead: KernelsAhead) -> None:
+    """Kernels of the largest steps: of all sequences, and of a single one, as of a long prompt."""
+    if runner.needs_requests or runner.contract.eager:
+        # The host would decide by what no kernel has written.
+        return
+    for most in (config.max_num_seqs, 1):
+        ahead.ask(partial(_run_largest, runner, dataclasses.replace(config, max_num_seqs=most)))
+
+
+def _run_largest(runner: ModelRunner, config: SchedulerConfig) -> Tensor:
+    return runner.forward(largest_step(runner.contract, config))
 
 
 def largest_step(contract: Contract, config: SchedulerConfig) -> dict[str, Tensor]:

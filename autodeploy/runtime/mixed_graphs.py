@@ -16,7 +16,7 @@ ends at once, and takes a long sequence's chance to be cut into ranges: hence fe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,9 +113,9 @@ class MixedGraphs:
         self._num_slots = num_slots
         self._sizes = sorted(sizes)
         self._graphs: dict[MixedSize, tuple[Staging, DecodeGraph]] = {}
+        self._staged = [(size, self._padding(size)) for size in reversed(self._sizes)]
         self.pool: Any = None
         """Memory that other graphs may share."""
-        self._capture()
 
     def launch(self, plan: StepPlan) -> Tensor | None:
         """Logits [N, vocab] as of `DeviceStep.forward`; None if no graph has room for the step."""
@@ -138,19 +138,24 @@ class MixedGraphs:
         pad_mixed(arrays, plan, self._num_slots)
         staging.send()
 
+    def steps(self) -> list[Callable[[], Tensor]]:
+        """What will be captured, as functions that run it."""
+        return [partial(self._step, staging) for _, staging in self._staged]
+
     @torch.inference_mode()
-    def _capture(self) -> None:
-        for size in reversed(self._sizes):
-            shapes = self._inputs.shapes(size.tokens, size.rows, size.rows)
-            staging = Staging(
-                {**shapes, _ROWS: ((size.rows,), np.int64)}, self._runner.contract.device
-            )
-            # All of it padding.
-            self._stage(staging, StepPlan(self._num_slots).seal())
-            step = partial(self._step, staging)
+    def capture(self) -> None:
+        """Makes the graphs; before, no step has one."""
+        for (size, staging), step in zip(self._staged, self.steps(), strict=True):
             graph = DecodeGraph.capture(step, size.rows, self.pool)
             self.pool = graph.pool
             self._graphs[size] = staging, graph
+
+    def _padding(self, size: MixedSize) -> Staging:
+        """The numbers of a step of this size, all of it padding."""
+        shapes = self._inputs.shapes(size.tokens, size.rows, size.rows)
+        staging = Staging({**shapes, _ROWS: ((size.rows,), np.int64)}, self._runner.contract.device)
+        self._stage(staging, StepPlan(self._num_slots).seal())
+        return staging
 
     def _step(self, staging: Staging) -> Tensor:
         """What a graph holds: the step whose numbers were sent last."""

@@ -31,10 +31,11 @@ class TokenRelay:
         self._slots = b""
         self._relay = relay_tokens.choose(Choice(device, {})).function
         self._resolve = resolve_tokens.choose(Choice(device, {})).function
-        if device.type == "cuda":
-            # Compiled now, not while a request waits.
-            self.write(np.zeros(1, dtype=np.int64), self.tokens[:1])
-            self.fill(self.tokens[:1][None])
+
+    def warm_up(self) -> None:
+        """Runs every kernel: it is compiled now, not while a request waits."""
+        self.write(np.zeros(1, dtype=np.int64), self.tokens[:1])
+        self.fill(self.tokens[:1][None])
 
     def write(self, slots: np.ndarray, tokens: Tensor) -> None:
         """The step sampled `tokens` [S] int64 for `slots` [S].

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from autodeploy.custom_ops.compile_ahead import KernelsAhead
+
 from .batch import StepPlan
 from .device_step import DeviceStep
 from .engine_config import EngineConfig, mixed_sizes_of
@@ -30,9 +32,17 @@ class Step(Protocol):
 
 
 def make_step(
-    runner: ModelRunner, scheduler: Scheduler, config: EngineConfig, num_slots: int
+    runner: ModelRunner,
+    scheduler: Scheduler,
+    config: EngineConfig,
+    num_slots: int,
+    ahead: KernelsAhead,
 ) -> Step:
-    """The one for a runner whose caches are allocated. num_slots: of them, without the spare."""
+    """The one for a runner whose caches are allocated.
+
+    num_slots: of them, without the spare. ahead: compiles what it has been asked for, and what the
+    step needs.
+    """
     contract, tables = runner.contract, scheduler.tables
     if contract.device.type == "cpu" or runner.needs_requests:
         return HostStep(runner, tables, num_slots)
@@ -46,7 +56,7 @@ def make_step(
         )
         sizes = ()
     mixed = mixed_sizes_of(config, scheduler.config, contract) if sizes else []
-    step = DeviceStep(runner, tables, num_slots, sizes, mixed)
+    step = DeviceStep(runner, tables, num_slots, sizes, mixed, ahead)
     # What is there now stays: the collector need not look at it again, a million objects of
     # torch and of the graph among them, in the middle of a step.
     gc.collect()

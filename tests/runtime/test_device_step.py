@@ -3,6 +3,8 @@ import pytest
 import torch
 from toy_runner import ToyRunner, greedy
 
+from autodeploy.custom_ops import gpu
+from autodeploy.custom_ops.compile_ahead import KernelsAhead
 from autodeploy.custom_ops.op import Choice
 from autodeploy.custom_ops.sampling import relay_best
 from autodeploy.custom_ops.step import open_step, place_pages
@@ -12,6 +14,7 @@ from autodeploy.runtime.engine import EngineConfig, EngineCore
 from autodeploy.runtime.graphs import DecodeGraph, default_sizes, graph_sizes
 from autodeploy.runtime.mailbox import Mailbox
 from autodeploy.runtime.messages import EngineRequest, one_by_one
+from autodeploy.runtime.mixed_graphs import MixedSize
 from autodeploy.runtime.sampling_params import SamplingParams
 from autodeploy.runtime.scheduler import SchedulerConfig
 from autodeploy.runtime.staging import RING, Staging
@@ -96,6 +99,26 @@ def test_a_captured_step_chooses_tokens_unless_somebody_asks_for_more(engine):
     # With the third, which draws its tokens, and in no step after it.
     assert asked == [3] * 10
     assert engine.stats().waited_seconds >= 0
+
+
+@pytest.mark.skipif(not gpu.interpreted(), reason="notes launches of the interpreter")
+def test_kernels_of_all_steps_are_compiled_before_the_first_is_captured(engine, monkeypatch):
+    happened = []
+
+    def capture(step, size, pool):
+        happened.append(size)
+        return ReplayedStep(step, size)
+
+    monkeypatch.setattr(DecodeGraph, "capture", staticmethod(capture))
+    ahead = KernelsAhead(torch.device("cpu"), happened.append)
+    runner, tables = engine._runner, engine._scheduler.tables
+    with gpu.interpreted_kernels():
+        DeviceStep(runner, tables, 6, (2, 6), [MixedSize(16, 5)], ahead)
+    # Not those that come after the toy: it looks at lengths, which nobody has written.
+    assert {request.kernel.__name__ for request in happened[0]} == {
+        "open_step_kernel", "place_pages_kernel", "resolve_tokens_kernel", "relay_tokens_kernel",
+    }  # fmt: skip
+    assert happened[1:] == [5, 6, 2]
 
 
 def test_a_step_runs_padded_to_the_next_captured_size():

@@ -38,10 +38,9 @@ class Tiling:
 
     block_n counts columns of the result: a gated tile reads twice as many rows of the weight.
     early: bytes of each weight row that a program asks for before it waits for its predecessor.
-    split and norms mean something to `dot_kernel` only: norms, whether it applies a norm itself or
-    finds x normed. block_m: tokens of a tile, for `dot_kernel` 0 if all. The last two mean
-    something to `wide_kernel` only: programs that tiles are dealt to (0: one for each), and token
-    tiles that are worked on side by side.
+    split means something to `dot_kernel` only. block_m: tokens of a tile, for `dot_kernel` 0 if
+    all. The last two mean something to `wide_kernel` only: programs that tiles are dealt to (0: one
+    for each), and token tiles that are worked on side by side.
     """
 
     kernel: Literal["gemv", "dot", "wide", "cublas"]
@@ -50,7 +49,6 @@ class Tiling:
     split: int = 1
     stages: int = 4
     warps: int = 4
-    norms: bool = True
     early: int = 0
     block_m: int = 0
     programs: int = 0
@@ -167,7 +165,7 @@ def narrow(tokens: int, rows: int, width: int, multiprocessors: int = 132) -> Ti
     split = 1
     while split * 2 * block_k * stages <= width and split < NARROW_SPLIT:
         split *= 2
-    return Tiling("dot", NARROW_ROWS, block_k, split, stages, 4, False, 0, block_m)
+    return Tiling("dot", NARROW_ROWS, block_k, split, stages, 4, 0, block_m)
 
 
 def filled(
@@ -199,7 +197,7 @@ def filled(
     most = max(1, min(4, -(-tiles * split // multiprocessors)))
     stages = stages_of(max(range(1, most + 1), key=lambda n: (n * (stages_of(n) - 1), n)))
     early = 2 * block_k * stages
-    return Tiling("dot", block_n, block_k, split, stages, warps, False, early, block_m)
+    return Tiling("dot", block_n, block_k, split, stages, warps, early, block_m)
 
 
 def bounded(
@@ -217,4 +215,4 @@ def bounded(
         split *= 2
     warps = 8 if tiling.block_n * padded(tokens) * (2 if gated else 1) > 64 * 128 else 4
     early = 2 * block_k * stages
-    return Tiling("dot", tiling.block_n, block_k, split, stages, warps, False, early)
+    return Tiling("dot", tiling.block_n, block_k, split, stages, warps, early)

@@ -13,7 +13,8 @@ an edge. The weight is the tall operand of the matrix instruction, the tokens ar
 import triton
 import triton.language as tl
 
-from .skinny_kernel import finish, prefetch, residual_tile
+from .dot_kernel import finish, residual_tile
+from .gemv_kernel import prefetch
 
 
 @triton.jit
@@ -123,8 +124,8 @@ def wide_kernel(
             here = token + tl.arange(0, BLOCK_M)
             added = residual_tile(residual, column, here, tokens, outputs, HAS_RESIDUAL)
             finish(
-                first, second, 0.0, bias, added, out, column, here, tokens, outputs, 0.0,
-                K, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
+                first, second, bias, added, out, column, here, tokens, outputs,
+                HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
             )  # fmt: skip
         else:
             number = tile - dealt
@@ -156,6 +157,6 @@ def wide_kernel(
                         if GATED:
                             other_total += tl.load(theirs + AREA + index, cache_modifier=".cg")
                     finish(
-                        total, other_total, 0.0, bias, added, out, column, there, tokens,
-                         outputs, 0.0, K, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
+                        total, other_total, bias, added, out, column, there, tokens, outputs,
+                        HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
                     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..gate.activation_kernel import activate
-from ..linear.skinny_kernel import prefetch
+from ..linear.gemv_kernel import prefetch
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..linear.skinny_kernel import norm_scale
+from ..linear.gemv_kernel import norm_scale
 
 
 @triton.jit
