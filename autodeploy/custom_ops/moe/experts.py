@@ -41,10 +41,9 @@ def experts(
     gate_up [E, 2I, H] ([E, I, H] if not gated), down [E, H, I]; transposed: both with their last
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
     another rank and adds nothing. Weights multiply what the experts return, and the sum is
-    rounded once, as in transformers' batched and grouped experts. shared: that many
-    of the first experts are every token's, and the first columns of top_k_index name them in order.
-    residual [T, H], of x's dtype, is added to the sum; implementations may add it before they
-    round.
+    rounded once, as in transformers' batched and grouped experts. shared: that many of the first
+    experts are every token's, and the first columns of top_k_index name them in order. residual
+    [T, H], of x's dtype, is added to the sum; implementations may add it before they round.
     """
     hidden = x.new_zeros((*top_k_index.shape, x.shape[1]))
     for expert in range(gate_up.shape[0]):
