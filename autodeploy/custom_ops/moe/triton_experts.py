@@ -4,7 +4,8 @@ A token or two: every pair of a token and a choice reads its expert's weights by
 launches; the second begins to read when it knows the experts, before the first is done. More: pairs
 are sorted by expert into blocks of rows, then two products over blocks and a sum over choices. The
 grid is for the most blocks there could be; programs beyond the actual number end at once. Which
-tiles are used depends on how many pairs an expert has on average.
+tiles are used depends on how many pairs a routed expert has on average. Of so many tokens that this
+is bound by arithmetic, shared experts are dense products in front.
 """
 
 from __future__ import annotations
@@ -135,13 +136,14 @@ def grouped(
     back = _Product(down, down_bias)
     x = x if x.stride(1) == 1 else x.contiguous()
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    # Pairs of different tokens always meet at shared experts, which the rest says nothing about.
+    # Whether pairs meet is asked of routed ones: those of shared experts do, whatever the rest.
     pairs, total = tokens * (choices - shared), gate_up.shape[0] - shared
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
         return by_row(x, index, weights, up, back, residual, shared=shared)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
     biased = gate_up_bias is not None or down_bias is not None
     plain = gated and not (biased or interleaved or transposed or limit or alpha)
+    # In the last tiles blocks are bound by what they compute.
     if shared and plain and tiles is TILES[-1]:
         alone = (weights[:, :shared], gate_up[:shared].mT, down[:shared].mT)
         residual = shared_products(x, *alone, activation, residual)
