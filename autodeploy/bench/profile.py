@@ -45,7 +45,11 @@ class StepProfile:
     def of(self, name: str) -> Iterator[Callable[[], None]]:
         """Gives what is to be called after each step; when it ends, `figures` are there."""
         self.figures = {}
-        windows = [_Window(self.steps, kernels=True), _Window(self.steps, kernels=False)]
+        path = self._path(name)
+        windows = [
+            _Window(path, self.steps, kernels=True),
+            _Window(path.with_stem(f"{path.stem}-host"), self.steps, kernels=False),
+        ]
 
         def on_step() -> None:
             for window in windows:
@@ -59,9 +63,6 @@ class StepProfile:
         kernels, host = windows
         if host.steps:
             self.figures = {**_device_figures(kernels), **_host_figures(host)}
-            path = self._path(name)
-            kernels.profiler.export_chrome_trace(str(path))
-            host.profiler.export_chrome_trace(str(path.with_stem(f"{path.stem}-host")))
             print(_text(name, self.figures))
 
     def _path(self, name: str) -> Path:
@@ -72,14 +73,16 @@ class StepProfile:
 
 
 class _Window:
-    """One trace of so many steps."""
+    """One trace of so many steps, written to `file` when they are over."""
 
-    def __init__(self, steps: int, kernels: bool) -> None:
+    def __init__(self, file: Path, steps: int, kernels: bool) -> None:
+        self._file = file
         activities = [ProfilerActivity.CPU]
         if kernels and torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self.profiler = profile(activities=activities)
+        self._profiler = profile(activities=activities)
         self.ended = False
+        self.events: list[Any] = []
         self._most = steps
         self._times: list[float] = []
 
@@ -93,22 +96,22 @@ class _Window:
 
     def on_step(self) -> None:
         if not self._times:
-            self.profiler.start()
+            self._profiler.start()
         self._times.append(time.perf_counter())
         if self.steps == self._most:
             self.stop()
 
     def stop(self) -> None:
         if self._times and not self.ended:
-            self.profiler.stop()
+            self._profiler.stop()
+            # Now: when another one has begun, the device's times in this one are zeros.
+            self._profiler.export_chrome_trace(str(self._file))
+            self.events = list(self._profiler.events() or [])
         self.ended = True
-
-    def events(self) -> list[Any]:
-        return list(self.profiler.events() or [])
 
 
 def _device_figures(window: _Window) -> dict[str, Any]:
-    on_gpu = [e.time_range for e in window.events() if e.device_type == DeviceType.CUDA]
+    on_gpu = [e.time_range for e in window.events if e.device_type == DeviceType.CUDA]
     busy = _union((r.start, r.end) for r in on_gpu)
     return {
         "gpu_ms": busy / window.steps / 1000,
@@ -119,7 +122,7 @@ def _device_figures(window: _Window) -> dict[str, Any]:
 
 def _host_figures(window: _Window) -> dict[str, Any]:
     waits = sorted(
-        (e.time_range.start, e.time_range.end) for e in window.events() if e.name == WAIT
+        (e.time_range.start, e.time_range.end) for e in window.events if e.name == WAIT
     )
     host = window.microseconds / window.steps
     if len(waits) > 1:
