@@ -26,6 +26,7 @@ from . import (
     gather_logits,
     load,
     lower,
+    norm_ahead,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "gather_logits",
     "load",
     "lower",
+    "norm_ahead",
 ]
