@@ -7,10 +7,10 @@ becomes
     y = fused_linear(r, weight, norm_weight=w, norm=True, scaled=scaled, squares=squares)
 
 With a number of tokens for which the products run on a kernel of ours, the norm between them then
-is no launch (see `add_linear_scaled`). Where others read the same rows with the same norm, they get
-the same; those with another norm stay as they are. Spared are rows that something else has written
-last, or that are chosen in between, as the head's are. In bfloat16 alone: float16 may overflow
-before the root is there to divide by, and float32 has no kernel.
+is no launch (see `add_linear_scaled`). Where several norms read the same rows, the first gets them.
+Spared are rows that something else has written last, or that are chosen in between, as the head's
+are. In bfloat16 alone: float16 may overflow before the root is there to divide by, and float32 has
+no kernel.
 """
 
 from __future__ import annotations
@@ -49,37 +49,37 @@ class NormAhead(Transform):
                 yield from _sites_on(stream, places)
 
     def rewrite(self, program: Program, site: Site) -> None:
-        old, *readers = site.nodes
-        _, weight, offset, rounded = _norm_of(readers[0])
-        if weight is not None and not weight < old:
-            old.prepend(weight)
-        given = add_linear.bind(old.args, old.kwargs)
+        old, reader = site.nodes
+        given = fused_linear.bind(reader.args, reader.kwargs)
+        form = [given[name] for name in ("norm_weight", "norm_offset", "cast_before_weight")]
+        if form[0] is not None and not form[0] < old:
+            old.prepend(form[0])
         new = program.call(
-            add_linear_scaled.overload, *given.values(), weight, offset, rounded, before=old,
-            like=old,
+            add_linear_scaled.overload, *add_linear.bind(old.args, old.kwargs).values(), *form,
+            before=old, like=old,
         )  # fmt: skip
-        scaled, squares = (
-            program.call(operator.getitem, new, part, before=old, like=old) for part in (0, 1)
-        )
-        for reader in readers:
-            reader.kwargs = {**reader.kwargs, "scaled": scaled, "squares": squares}
+        names = ("scaled", "squares")
+        parts = [program.call(operator.getitem, new, at, before=old, like=old) for at in (0, 1)]
+        reader.kwargs = {**reader.kwargs, **dict(zip(names, parts, strict=True))}
         program.graph.erase_node(old)
 
 
 def _sites_on(stream: fx.Node, places: dict[fx.Node, int]) -> Iterable[Site]:
-    """Each sum onto a residual stream that products with one norm read before the next one."""
+    """Each sum onto a residual stream, and the first normed product that reads it."""
     shares = {stream, *views_of(stream)}
     users = {user for node in shares for user in node.users}
-    writers = sorted((user for user in users if _writes(user, shares)), key=places.__getitem__)
-    readers: dict[fx.Node, list[fx.Node]] = {}
+    last: Any = None
     for node in sorted(users, key=places.__getitem__):
-        if is_call(node, fused_linear.overload):
-            before = [writer for writer in writers if places[writer] < places[node]]
-            if before and _can_read(node, stream, before[-1]):
-                readers.setdefault(before[-1], []).append(node)
-    for writer, nodes in readers.items():
-        form = _norm_of(nodes[0])
-        yield Site((writer, *(node for node in nodes if _norm_of(node) == form)))
+        if last is not None and _can_read(node, stream, last):
+            yield Site((last, node))
+            last = None
+        if _writes(node, shares):
+            last = node if _adds_onto(node, stream) else None
+
+
+def _adds_onto(node: fx.Node, stream: fx.Node) -> bool:
+    """Whether a call is a sum in place onto all of `stream`."""
+    return is_call(node, add_linear.overload) and _stream_of(node) is stream
 
 
 def _writes(node: fx.Node, shares: set[fx.Node]) -> bool:
@@ -90,11 +90,11 @@ def _writes(node: fx.Node, shares: set[fx.Node]) -> bool:
 
 
 def _can_read(node: fx.Node, stream: fx.Node, writer: fx.Node) -> bool:
-    """Whether a fused linear norms all of `stream` as `writer`, a sum onto all of it, left it."""
+    """Whether a fused linear norms all of `stream`, onto which `writer` has added."""
+    if not is_call(node, fused_linear.overload):
+        return False
     given: Any = fused_linear.bind(node.args, node.kwargs)
     if not given["norm"] or given["scaled"] is not None or whole_of(given["x"]) is not stream:
-        return False
-    if not is_call(writer, add_linear.overload) or _stream_of(writer) is not stream:
         return False
     scale = given["norm_weight"]
     if scale is not None and scale.op != "get_attr" and not scale < writer:
@@ -109,11 +109,3 @@ def _can_read(node: fx.Node, stream: fx.Node, writer: fx.Node) -> bool:
 def _stream_of(node: fx.Node) -> Any:
     """What a sum in place is added onto."""
     return whole_of(add_linear.bind(node.args, node.kwargs)["residual"])
-
-
-def _norm_of(node: fx.Node) -> tuple[bool, fx.Node | None, float, bool]:
-    """What decides how rows are scaled by the norm of a fused linear."""
-    given = fused_linear.bind(node.args, node.kwargs)
-    names = ("norm", "norm_weight", "norm_offset", "cast_before_weight")
-    norm, weight, offset, rounded = (given[name] for name in names)
-    return norm, weight, offset, rounded
