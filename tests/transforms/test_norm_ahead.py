@@ -141,7 +141,7 @@ def test_the_first_of_several_norms_gets_the_rows():
         h = x * 2
         h = h + attention.o_proj(x)
         first, second = layer.input_layernorm(h), layer.post_attention_layernorm(h)
-        return attention.q_proj(first) + attention.o_proj(second) + h
+        return attention.q_proj(first).sin() * attention.o_proj(second).sin() + h
 
     model = Small(different)
     with torch.no_grad():
