@@ -161,7 +161,7 @@ def measure(
         }  # fmt: skip
         if profile is not None:
             with profile.of(f"batch {batch}") as on_step:
-                decode(llm, batch, kv, max(steps, profile.steps + 2), budget, on_step)
+                decode(llm, batch, kv, max(steps, profile.wanted), budget, on_step)
             details["profile"] = profile.figures
         name = f"decode, batch {batch}, kv {mean_kv:.0f}"
         yield Row("latency", name, value, "ms", floor, details)

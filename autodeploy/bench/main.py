@@ -147,7 +147,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
                         help="mean tokens known of a sequence (default: 576)")  # fmt: skip
     parser.add_argument("--steps", type=_positive, default=128, help="timed (default: 128)")
     parser.add_argument("--profile", type=Path, metavar="FILE",
-                        help="also write a chrome trace of 20 steps")  # fmt: skip
+                        help="also write chrome traces of 20 steps")  # fmt: skip
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,10 @@
-"""A chrome trace of steady decode steps, and from it how busy host and GPU are.
+"""Chrome traces of steady decode steps, and from them how busy GPU and host are.
 
-Host: time between the ends of two waits less what the host waits in CUDA's synchronise calls, by
-the profiler's clock, which is not quite the system's; without a GPU, the whole step. Part of it is
-the driver's, which takes the longer to launch a graph the more kernels are in it. GPU busy: the
-part of the time in which at least one kernel or copy runs. Profiling slows the host down: its own
-time without a profiler is `host_us` of the same row (`latency.py`).
+Two traces one after the other. In the first are kernels: GPU busy is the part of the time in which
+at least one kernel or copy runs. To have each kernel of a graph told makes launching the graph take
+twenty times as long, so the host's steps are in a second trace, without kernels: its time is that
+between the ends of two waits for the device, less what it waits; without a GPU, the whole step. It
+still has the profiler's own in it: without, it is `host_us` of the same row (`latency.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-_WAITS = frozenset({"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"})
-_LAUNCH = "cudaGraphLaunch"
+from ..runtime.spans import WAIT
 
 
 class StepProfile:
-    """Profiles the first `steps` steps it is told of, once per name.
+    """Profiles the first steps it is told of, once per name: `steps` for each of two traces.
 
-    file: of the trace; with a second name the name is put before the file's suffix.
+    file: of the first trace; with a second name the name is put before the file's suffix. The
+    host's has `-host` there as well.
     """
 
     def __init__(self, file: Path, steps: int = 20) -> None:
@@ -36,30 +36,33 @@ class StepProfile:
         self._file = file
         self._seen = 0
 
+    @property
+    def wanted(self) -> int:
+        """Steps that a run needs to have."""
+        return 2 * self.steps + 4
+
     @contextmanager
     def of(self, name: str) -> Iterator[Callable[[], None]]:
         """Gives what is to be called after each step; when it ends, `figures` are there."""
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        profiler = profile(activities=activities)
-        times: list[float] = []
         self.figures = {}
+        path = self._path(name)
+        windows = [
+            _Window(path, self.steps, kernels=True),
+            _Window(path.with_stem(f"{path.stem}-host"), self.steps, kernels=False),
+        ]
 
         def on_step() -> None:
-            if not times:
-                profiler.start()
-            if len(times) <= self.steps:
-                times.append(time.perf_counter())
-                if len(times) > self.steps:
-                    profiler.stop()
+            for window in windows:
+                if not window.ended:
+                    window.on_step()
+                    return
 
         yield on_step
-        if 0 < len(times) <= self.steps:
-            profiler.stop()
-        if len(times) > 1:
-            self.figures = _figures(profiler, times)
-            profiler.export_chrome_trace(str(self._path(name)))
+        for window in windows:
+            window.stop()
+        kernels, host = windows
+        if host.steps:
+            self.figures = {**_device_figures(kernels), **_host_figures(host)}
             print(_text(name, self.figures))
 
     def _path(self, name: str) -> Path:
@@ -69,37 +72,67 @@ class StepProfile:
         return self._file.with_stem(f"{self._file.stem}-{name.replace(' ', '-')}")
 
 
-def _figures(profiler: profile, times: list[float]) -> dict[str, Any]:
-    steps = len(times) - 1
-    window = 1e6 * (times[-1] - times[0])
-    events = profiler.events() or []
-    host, launched = _host(events, steps) or (window, 0.0)
-    on_gpu = [e.time_range for e in events if e.device_type == DeviceType.CUDA]
+class _Window:
+    """One trace of so many steps, written to `file` when they are over."""
+
+    def __init__(self, file: Path, steps: int, kernels: bool) -> None:
+        self._file = file
+        activities = [ProfilerActivity.CPU]
+        if kernels and torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(activities=activities)
+        self.ended = False
+        self.events: list[Any] = []
+        self._most = steps
+        self._times: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        return max(0, len(self._times) - 1)
+
+    @property
+    def microseconds(self) -> float:
+        return 1e6 * (self._times[-1] - self._times[0])
+
+    def on_step(self) -> None:
+        if not self._times:
+            self._profiler.start()
+        self._times.append(time.perf_counter())
+        if self.steps == self._most:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._times and not self.ended:
+            self._profiler.stop()
+            # Now: when another one has begun, the device's times in this one are zeros.
+            self._profiler.export_chrome_trace(str(self._file))
+            self.events = list(self._profiler.events() or [])
+        self.ended = True
+
+
+def _device_figures(window: _Window) -> dict[str, Any]:
+    on_gpu = [e.time_range for e in window.events if e.device_type == DeviceType.CUDA]
     busy = _union((r.start, r.end) for r in on_gpu)
     return {
-        "steps": steps,
-        "step_ms": window / steps / 1000,
-        "host_ms": host / steps / 1000,
-        "launch_ms": launched / steps / 1000,
-        "gpu_ms": busy / steps / 1000,
-        "gpu_busy": busy / window if on_gpu else None,
-        "gpu_kernels": len(on_gpu) / steps,
+        "gpu_ms": busy / window.steps / 1000,
+        "gpu_busy": busy / window.microseconds if on_gpu else None,
+        "gpu_kernels": len(on_gpu) / window.steps,
     }
 
 
-def _host(events: list[Any], steps: int) -> tuple[float, float] | None:
-    """Microseconds in `steps` steps that the host is busy, and those it spends launching graphs."""
-    waits = sorted((e.time_range.start, e.time_range.end) for e in events if e.name in _WAITS)
-    if len(waits) < 2:
-        return None
-    begin, end = waits[0][1], waits[-1][1]
-    launches = [
-        e.time_range.elapsed_us() for e in events
-        if e.name == _LAUNCH and begin <= e.time_range.start <= end
-    ]  # fmt: skip
-    busy = end - begin - sum(stop - start for start, stop in waits[1:])
-    seen = len(launches) or steps
-    return busy * steps / seen, sum(launches) * steps / seen
+def _host_figures(window: _Window) -> dict[str, Any]:
+    waits = sorted(
+        (e.time_range.start, e.time_range.end) for e in window.events if e.name == WAIT
+    )
+    host = window.microseconds / window.steps
+    if len(waits) > 1:
+        waited = sum(end - start for start, end in waits[1:])
+        host = (waits[-1][1] - waits[0][1] - waited) / (len(waits) - 1)
+    return {
+        "steps": window.steps,
+        "step_ms": window.microseconds / window.steps / 1000,
+        "host_ms": host / 1000,
+    }
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:
@@ -114,6 +147,6 @@ def _text(name: str, figures: dict[str, Any]) -> str:
     busy = figures["gpu_busy"]
     return (
         f"profiled {figures['steps']} steps, {name}: {figures['step_ms']:.3f} ms a step, host "
-        f"{figures['host_ms']:.3f} ms ({figures['launch_ms']:.3f} in {_LAUNCH}), GPU busy "
+        f"{figures['host_ms']:.3f} ms, GPU busy "
         + ("-" if busy is None else f"{100 * busy:.1f} % in {figures['gpu_kernels']:.0f} kernels")
     )

@@ -92,8 +92,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936,
         "max_position_embeddings": 32768, "tie_word_embeddings": False,
     },
+    "qwen3-next-27b": {
+        "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 512,
+        "num_experts_per_tok": 10, "norm_topk_prob": True, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
-"""By name. `qwen3-next-2b` is a small hybrid of that family; the others are published shapes."""
+"""By name: published shapes, and two hybrids of one family. `qwen3-next-27b` is a third of the
+published one's layers, which are as large as there; `qwen3-next-2b` is a small one."""
 
 
 def dummy_checkpoint(name: str) -> Path:

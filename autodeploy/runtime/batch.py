@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.contract import METADATA, PER_GROUP, Contract
-from autodeploy.custom_ops.step import FIELDS
 from autodeploy.errors import EngineError
 
 from .pages import BlockTables, pages_needed
@@ -54,6 +53,19 @@ class SequenceChunk:
         return self.known_ids[: self.start + self.count]
 
 
+class FixedColumns:
+    """What of a step's requests is the same in the steps that follow it; see `StepPlan`."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.slots = np.zeros(max_num_seqs, dtype=np.int64)
+        self.rows = np.zeros(max_num_seqs, dtype=np.int64)
+        self.counts = np.zeros(max_num_seqs, dtype=np.int64)
+        self.samples = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.key_lengths = np.ones(max_num_seqs, dtype=np.int64)
+        self.limits = np.zeros(max_num_seqs, dtype=np.int64)
+        self.cu_q = np.zeros(max_num_seqs + 1, dtype=np.int64)
+
+
 class StepPlan:
     """One step: B requests, T tokens, N rows of logits; valid until the next but one is made.
 
@@ -64,14 +76,9 @@ class StepPlan:
     def __init__(self, max_num_seqs: int) -> None:
         self.requests: list[RequestState] = []
         self.prompt_rows: list[PromptRows] = []
-        self._slots = np.zeros(max_num_seqs, dtype=np.int64)
-        self._rows = np.zeros(max_num_seqs, dtype=np.int64)
         self._starts = np.zeros(max_num_seqs, dtype=np.int64)
-        self._counts = np.zeros(max_num_seqs, dtype=np.int64)
-        self._samples = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._key_lengths = np.ones(max_num_seqs, dtype=np.int64)
-        self._limits = np.zeros(max_num_seqs, dtype=np.int64)
-        self._cu_q = np.zeros(max_num_seqs + 1, dtype=np.int64)
+        self.fixed = FixedColumns(max_num_seqs)
+        """The same object in steps that follow each other."""
         self.unresolved = False
         """Whether it computes tokens that only the device knows yet."""
         self.only_decodes = False
@@ -82,6 +89,8 @@ class StepPlan:
         """[N] ascending rows of T; at least one, even when no logits are needed."""
         self.sampled_at = np.zeros(0, dtype=np.int64)
         """[S] where in N the last token of each sampling request is."""
+        self.new_pages = -1
+        """Requests whose token is the first of a page; -1: not counted."""
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -89,12 +98,12 @@ class StepPlan:
     @property
     def slots(self) -> np.ndarray:
         """[B] int64 slot of each request."""
-        return self._slots[: len(self.requests)]
+        return self.fixed.slots[: len(self.requests)]
 
     @property
     def rows(self) -> np.ndarray:
         """[B] int64 sampler row of each request."""
-        return self._rows[: len(self.requests)]
+        return self.fixed.rows[: len(self.requests)]
 
     @property
     def starts(self) -> np.ndarray:
@@ -104,27 +113,27 @@ class StepPlan:
     @property
     def counts(self) -> np.ndarray:
         """[B] int64 tokens of each request in this step, at least 1."""
-        return self._counts[: len(self.requests)]
+        return self.fixed.counts[: len(self.requests)]
 
     @property
     def key_lengths(self) -> np.ndarray:
         """[B] int64 a length whose keys are those of each request's prompt; see LengthRule."""
-        return self._key_lengths[: len(self.requests)]
+        return self.fixed.key_lengths[: len(self.requests)]
 
     @property
     def samples(self) -> np.ndarray:
         """[B] bool: whether the chunk reaches the last known token, so the next is sampled."""
-        return self._samples[: len(self.requests)]
+        return self.fixed.samples[: len(self.requests)]
 
     @property
     def cu_q(self) -> np.ndarray:
         """[B + 1] int64 where each request's tokens start in T."""
-        return self._cu_q[: len(self.requests) + 1]
+        return self.fixed.cu_q[: len(self.requests) + 1]
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return int(self._cu_q[len(self.requests)])
+        return int(self.fixed.cu_q[len(self.requests)])
 
     @property
     def ends(self) -> np.ndarray:
@@ -135,6 +144,9 @@ class StepPlan:
         self.requests = []
         self.prompt_rows = []
         self.unresolved = self.follows = False
+        self.new_pages = -1
+        # Not the old one: a step that is under way may read it, and others know it by its identity.
+        self.fixed = FixedColumns(len(self._starts))
 
     def follow(self, before: StepPlan, unresolved: bool) -> bool:
         """Becomes the step after `before`, if that only decodes: one token more of each request.
@@ -143,18 +155,12 @@ class StepPlan:
         no token left to compute. Costs nothing per request.
         """
         size = len(before)
-        starts = before.starts + 1
-        if (starts + 1 >= before._limits[:size]).any():
+        starts = self._starts[:size]
+        np.add(before.starts, 1, out=starts)
+        if (before.fixed.limits[:size] <= starts + 1).any():
             return False
         self.requests, self.prompt_rows = before.requests, []
-        for mine, theirs in (
-            (self._slots, before._slots), (self._rows, before._rows),
-            (self._counts, before._counts), (self._key_lengths, before._key_lengths),
-            (self._samples, before._samples), (self._limits, before._limits),
-        ):  # fmt: skip
-            mine[:size] = theirs[:size]
-        self._starts[:size] = starts
-        self._cu_q[: size + 1] = before._cu_q[: size + 1]
+        self.fixed = before.fixed
         self.logit_index, self.sampled_at = before.logit_index, before.sampled_at
         self.unresolved = unresolved
         self.only_decodes = self.follows = True
@@ -164,13 +170,13 @@ class StepPlan:
         """Computes `count` tokens of a running request from position `start` on."""
         at = len(self.requests)
         self.requests.append(request)
-        self._slots[at] = request.slot
-        self._rows[at] = request.row
+        self.fixed.slots[at] = request.slot
+        self.fixed.rows[at] = request.row
         self._starts[at] = start
-        self._counts[at] = count
-        self._key_lengths[at] = request.key_length
-        self._limits[at] = request.limit
-        self._samples[at] = start + count == request.known
+        self.fixed.counts[at] = count
+        self.fixed.key_lengths[at] = request.key_length
+        self.fixed.limits[at] = request.limit
+        self.fixed.samples[at] = start + count == request.known
         self.unresolved |= request.unresolved
         if request.missing_prompt_logprobs:
             first = request.next_prompt_row
@@ -184,7 +190,7 @@ class StepPlan:
         self.only_decodes = not self.prompt_rows and bool(
             self.samples.all() and (self.counts == 1).all()
         )
-        np.cumsum(self.counts, out=self._cu_q[1 : size + 1])
+        np.cumsum(self.counts, out=self.fixed.cu_q[1 : size + 1])
         needed = np.zeros(self.num_tokens, dtype=np.bool_)
         last = self.cu_q[1:][self.samples] - 1
         needed[last] = True
@@ -204,14 +210,14 @@ class StepPlan:
         return slice(begin, begin + rows.count)
 
     def _first_row(self, rows: PromptRows) -> int:
-        return int(self._cu_q[rows.at] + rows.position - self._starts[rows.at])
+        return int(self.fixed.cu_q[rows.at] + rows.position - self._starts[rows.at])
 
     def sequences(self) -> Iterator[SequenceChunk]:
         """The step request by request; their logit rows side by side are `logit_index`."""
         bounds = np.searchsorted(self.logit_index, self.cu_q)
         for at, request in enumerate(self.requests):
-            start, count = int(self._starts[at]), int(self._counts[at])
-            rows = self.logit_index[bounds[at] : bounds[at + 1]] - self._cu_q[at]
+            start, count = int(self._starts[at]), int(self.fixed.counts[at])
+            rows = self.logit_index[bounds[at] : bounds[at + 1]] - self.fixed.cu_q[at]
             yield SequenceChunk(
                 request.request_id, request.tokens, start, count, request.prefilled, rows
             )
@@ -234,7 +240,6 @@ class StepInputs:
                     f"it knows {', '.join(sorted(known))}"
                 )
         self._names = contract.metadata
-        self._groups = list(tables.tables.values())
         self.page_size = tables.page_size
         self._tables = {
             f"{name}_{group}": table for group, table in tables.tables.items() for name in PER_GROUP
@@ -268,7 +273,7 @@ class StepInputs:
             slots = np.repeat(plan.slots, plan.counts)
         for name, array in arrays.items():
             if name == "input_ids":
-                _write_input_ids(plan, array[0])
+                write_input_ids(plan, array[0])
             elif name == "position_ids":
                 array[0, :tokens] = positions
             elif name == "known_len":
@@ -286,17 +291,6 @@ class StepInputs:
                 array[:tokens] = self._tables[name][slots, positions // self.page_size]
                 array[:tokens] *= self.page_size
                 array[:tokens] += positions % self.page_size
-
-    def write_letter(self, plan: StepPlan, letter: np.ndarray) -> None:
-        """Fills the leading columns of a letter as `open_step` reads it; for `only_decodes`."""
-        used = len(plan)
-        letter[0, :used] = plan.slots
-        letter[1, :used] = plan.starts
-        _write_input_ids(plan, letter[2])
-        letter[3, :used] = plan.key_lengths
-        columns = plan.starts // self.page_size
-        for at, table in enumerate(self._groups, len(FIELDS)):
-            letter[at, :used] = table[plan.slots, columns]
 
     def table_width(self, plan: StepPlan) -> int:
         """Columns of the block tables that the step can read."""
@@ -324,7 +318,8 @@ class StepInputs:
         return buffer[:size].reshape(shape)
 
 
-def _write_input_ids(plan: StepPlan, out: np.ndarray) -> None:
+def write_input_ids(plan: StepPlan, out: np.ndarray) -> None:
+    """Fills the leading T of out with a step's tokens; -1 - slot if only the device knows one."""
     if plan.follows and plan.unresolved:
         np.subtract(-1, plan.slots, out=out[: len(plan)])
         return

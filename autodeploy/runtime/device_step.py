@@ -27,6 +27,7 @@ from autodeploy.custom_ops.step import open_step, place_pages
 from .batch import StepInputs, StepPlan
 from .device_tables import DeviceTables
 from .graphs import DecodeGraph, graph_sizes
+from .letters import LetterWriter
 from .mailbox import Mailbox
 from .mixed_graphs import MixedGraphs, MixedSize
 from .pages import BlockTables
@@ -79,6 +80,7 @@ class DeviceStep:
         self._device = runner.contract.device
         self._num_slots = num_slots
         self._inputs = StepInputs(runner.contract, tables)
+        self._page_tables = list(tables.tables.values())
         self._tables = DeviceTables(tables, self._device)
         self._relay = TokenRelay(num_slots, self._device)
         self._mixed: Staging | None = None
@@ -104,8 +106,10 @@ class DeviceStep:
             if graph is not None:
                 self.counts.replayed += 1
                 self._chose = True
-                new = np.count_nonzero(plan.starts % self._inputs.page_size == 0)
-                self._tables.update(own=int(new))
+                if plan.new_pages < 0:
+                    first = plan.starts % self._inputs.page_size == 0
+                    plan.new_pages = int(np.count_nonzero(first))
+                self._tables.update(own=plan.new_pages)
                 return self._replay(graph, plan)
             self.counts.missed += bool(self._graphs)
             self._tables.update()
@@ -130,15 +134,11 @@ class DeviceStep:
         return self._mailbox.answer(rows) if self._chose else None
 
     def _replay(self, graph: DecodeGraph, plan: StepPlan) -> Tensor:
-        letter, used = self._mailbox.next(), len(plan)
-        self._inputs.write_letter(plan, letter)
-        if used < graph.size:
-            # Sequences that are not there: one token each, in the null page and the spare slot.
-            letter[:, used : graph.size] = 0
-            letter[0, used : graph.size] = self._num_slots
+        at, letter = self._mailbox.next()
+        self._letters.write(at, letter, plan, graph.size)
         graph.replay()
         self._mailbox.launched()
-        return graph.logits[:used]
+        return graph.logits[: len(plan)]
 
     def _prepare_graphs(self, most: int) -> None:
         """What graphs of up to `most` sequences share."""
@@ -147,6 +147,9 @@ class DeviceStep:
         self._place = place_pages.choose(choice).function
         self._best = relay_best.choose(choice).function
         self._mailbox = Mailbox(len(self._tables.tensors), most, self._device)
+        self._letters = LetterWriter(
+            self._page_tables, self._inputs.page_size, len(self._mailbox.letters), self._num_slots
+        )
         self._counted = torch.arange(most, device=self._device)
         self._bounds = torch.arange(most + 1, dtype=torch.int32, device=self._device)
         # Not of the graphs' pool: what a step leaves unset must be some page, as it is here.

@@ -51,6 +51,7 @@ from .runner import ModelRunner
 from .sampler import Sampler
 from .sampling import SampleResult, Sampling
 from .scheduler import Scheduler
+from .spans import WAIT, span
 from .staging import send
 from .step import make_step
 
@@ -226,8 +227,10 @@ class EngineCore:
         started = time.perf_counter()
         if self._compiling:
             self._admit_compiled()
-        plan = self._scheduler.schedule()
-        flight = self._launch(plan) if len(plan) else None
+        with span("autodeploy: schedule"):
+            plan = self._scheduler.schedule()
+        with span("autodeploy: launch"):
+            flight = self._launch(plan) if len(plan) else None
         if self._flight is not None:
             self._land(self._flight)
         self._flight = flight
@@ -350,7 +353,8 @@ class EngineCore:
         """Waits for a step and hands out its tokens."""
         if flight.sampling is not None:
             started = time.perf_counter()
-            flight.sampling.wait()
+            with span(WAIT):
+                flight.sampling.wait()
             self._stats.waited_seconds += time.perf_counter() - started
             result = flight.sampling.result()
             if self._hand_out_together(flight, result):

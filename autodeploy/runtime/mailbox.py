@@ -8,12 +8,14 @@ not disturbed by the next one being prepared. The device counts the turns too.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from autodeploy.custom_ops.step import FIELDS
 
-from .sampling import Sampling, best_result
+from .sampling import SampleResult, Sampling, best_result
 from .staging import RING
 
 
@@ -36,6 +38,7 @@ class Mailbox:
         self._letters = self.letters.numpy()
         self._answers = self.answers.numpy()
         self._events = [torch.cuda.Event() for _ in range(RING)] if cuda else []
+        self._answered = [True] * RING
         self._at = 0
 
     def start(self) -> None:
@@ -43,16 +46,20 @@ class Mailbox:
         self._at = 0
         self.turn.zero_()
 
-    def next(self) -> np.ndarray:
-        """[fields, most] int32, to be filled; then the step must be launched."""
-        self._at = (self._at + 1) % RING
-        if self._events:
+    def next(self) -> tuple[int, np.ndarray]:
+        """A letter's number, and [fields, most] int32 to be filled; then the step must be launched.
+
+        The letter says what it was filled with last.
+        """
+        self._at = at = (self._at + 1) % RING
+        if self._events and not self._answered[at]:
             # Over long ago: there are more letters than steps under way.
-            self._events[self._at].synchronize()
-        return self._letters[self._at]
+            self._events[at].synchronize()
+        return at, self._letters[at]
 
     def launched(self) -> None:
-        """The step that reads the letter filled last is on its way."""
+        """The step that reads the letter filled last is on its way, on the current stream."""
+        self._answered[self._at] = False
         if self._events:
             self._events[self._at].record()
 
@@ -62,6 +69,15 @@ class Mailbox:
         rows [N] int64 as in `SampleResult`.
         """
         at = self._at
-        wait = self._events[at].synchronize if self._events else None
         answers = self._answers[at, : len(rows)]
-        return Sampling(None, lambda: best_result(answers.copy(), rows.copy()), wait)
+
+        def wait() -> None:
+            self._events[at].synchronize()
+            self._answered[at] = True
+
+        collect = partial(self._collect, answers, rows)
+        return Sampling(None, collect, wait if self._events else None)
+
+    @staticmethod
+    def _collect(answers: np.ndarray, rows: np.ndarray) -> SampleResult:
+        return best_result(answers.copy(), rows.copy())

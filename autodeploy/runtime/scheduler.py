@@ -262,7 +262,9 @@ class Scheduler:
                 slid = True
         if slid and self._num_waiting and self.slots.available:
             return False  # the pages that came back may be what somebody waits for
-        return self.tables.grow_by_one(plan.slots[plan.starts % page_size == 0].tolist())
+        begin_pages = plan.slots[plan.starts % page_size == 0].tolist()
+        plan.new_pages = len(begin_pages)
+        return self.tables.grow_by_one(begin_pages)
 
     def _fill(self) -> None:
         """Plans requests in order, running and waiting ones, as far as budget and pages go."""

@@ -29,7 +29,7 @@ from .device_copies import copy_each
 from .memory_pages import drop_memory_pages
 from .program import Program, Weight, parts_of, sample_of
 
-FORMAT = 7
+FORMAT = 8
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -56,6 +56,7 @@ class StoredWeight(msgspec.Struct, array_like=True, frozen=True):
     shape: tuple[int, ...]
     dimension: int
     order: tuple[tuple[int, int, int], ...]
+    beside: tuple[int, ...]
 
 
 class StoredProgram(msgspec.Struct):
@@ -116,6 +117,7 @@ def store(
             weight.shape,
             weight.dimension,
             weight.order,
+            weight.beside,
         )
         for name, weight in program.weights.items()
     }
@@ -223,7 +225,9 @@ def _read(
     ]
     # A copy, always: a view into the file would keep all of it mapped, and what is joined
     # would count twice.
-    whole = Weight(weight.pieces, weight.shape, parts[0].dtype, weight.dimension, weight.order)
+    whole = Weight(
+        weight.pieces, weight.shape, parts[0].dtype, weight.dimension, weight.order, weight.beside
+    )
     if not whole.is_copy:
         return _Read(torch.empty_like(parts[0], device=device), parts, 0)
     value = torch.empty(weight.shape, dtype=parts[0].dtype, device=device)

@@ -52,6 +52,8 @@ class Weight:
     order: tuple[tuple[int, int, int], ...] = ()
     """(piece, start, stop) of the parts that are joined instead of whole pieces. A piece of -1
     stands for zeros."""
+    beside: tuple[int, ...] = ()
+    """Pieces [rows, n * columns] that stand for n of [rows, columns], joined along dimension 0."""
 
     @property
     def is_copy(self) -> bool:
@@ -62,7 +64,12 @@ class Weight:
 def parts_of(weight: Weight, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
     """What is joined to make a weight: its pieces, viewed as `Weight` says, or parts of them."""
     before, after = weight.shape[: weight.dimension], weight.shape[weight.dimension + 1 :]
-    views = [piece.reshape(*before, -1, *after) for piece in pieces]
+    views = [
+        piece.reshape(after[0], -1, *after[1:]).movedim(1, 0)
+        if index in weight.beside
+        else piece.reshape(*before, -1, *after)
+        for index, piece in enumerate(pieces)
+    ]
     if not weight.order:
         return views
     return [

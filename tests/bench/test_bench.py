@@ -70,6 +70,9 @@ def test_all_kinds_share_one_deployment(tiny, tmp_path, capsys):
     # One trace a batch size.
     assert json.loads(trace.read_text())["traceEvents"]
     assert (tmp_path / "trace-batch-4.json").is_file()
+    steps = json.loads((tmp_path / "trace-batch-4-host.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "autodeploy: launch" for event in steps) >= 20
+    assert figures["results"][0]["profile"]["host_ms"] > 0
 
 
 @pytest.fixture(scope="module")

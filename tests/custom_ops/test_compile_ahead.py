@@ -190,6 +190,6 @@ def test_launches_find_compiled_what_was_asked_for(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = (line.split() for line in done.stdout.splitlines()[-2:])
-    # Two kernels, each for tokens that begin at a multiple of 16 bytes, and for others, and a third.
+    # Two for tokens that begin at a multiple of 16 bytes, two for others, and the product.
     assert before == ["5", "0", "0"]
     assert after == ["5", "0", "12"]

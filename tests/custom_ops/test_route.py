@@ -81,3 +81,30 @@ def test_logits_far_apart_still_name_different_experts():
 def test_more_experts_or_choices_than_a_program_holds_are_left_to_the_reference():
     assert chosen(logits_of(2, 600), 4, True, torch.float32).name == "reference"
     assert chosen(logits_of(2, 100), 40, True, torch.float32).name == "reference"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(("shared", "k"), [(1, 8), (2, 6), (3, 1)])
+def test_shared_experts_come_first_and_weigh_one_or_their_gate(shared, k, gate, dtype):
+    logits = logits_of(5, 40, dtype=dtype)
+    column = 33 if gate else 0
+    assert_equal_to_reference(logits, k, True, torch.float32, shared, column)
+    index, weights = route.reference(logits, k, True, torch.float32, shared, column)
+    alone, rest = route.reference(logits[:, : column or None], k, True, torch.float32)
+    assert index[:, :shared].tolist() == [list(range(shared))] * 5
+    assert torch.equal(index[:, shared:], alone + shared)
+    assert torch.equal(weights[:, shared:], rest)
+    expected = logits[:, column, None].float().sigmoid() if gate else torch.ones_like(rest[:, :1])
+    assert torch.equal(weights[:, :shared], expected.expand(-1, shared))
+
+
+def test_many_tokens_with_shared_experts_share_a_program():
+    assert_equal_to_reference(logits_of(515, 104), 3, True, torch.float32, 1, 100)
+    assert_equal_to_reference(logits_of(515, 100), 3, False, torch.bfloat16, 2)
+
+
+def test_a_gate_does_not_count_among_the_experts_that_a_program_holds():
+    assert_equal_to_reference(logits_of(2, 520), 4, True, torch.float32, 1, 512)
+    assert chosen(logits_of(2, 600), 4, True, torch.float32, 1, 513).name == "reference"
+    assert chosen(logits_of(2, 100), 30, True, torch.float32, 3).name == "reference"

@@ -76,6 +76,9 @@ def test_few_tokens_equal_the_reference(tokens, norm, dtype):
         {"norm": True, "norm_offset": 1.0},
         {"norm": True, "norm_offset": 1.0, "cast_before_weight": False},
         {"norm": True, "unweighted": True},
+        {"norm": True, "shared": 2},
+        {"norm": True, "shared": 1, "gate": 19},
+        {"norm": True, "shared": 3, "gate": 23, "wide": True},
     ],
     ids=str,
 )

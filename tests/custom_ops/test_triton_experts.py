@@ -127,6 +127,52 @@ def test_an_expert_of_another_rank_adds_nothing(tokens, total):
     assert not chosen(nothing).function(*nothing.values()).any()
 
 
+def with_shared(tokens, shared, **form):
+    """Experts of which every token visits the first `shared`; the others are chosen."""
+    arguments = layer(tokens, **form)
+    index = arguments["top_k_index"]
+    total = arguments["gate_up"].shape[0] - shared
+    arguments["top_k_index"] = (index % total) + shared
+    arguments["top_k_index"][:, :shared] = torch.arange(shared, device=DEVICE)
+    return arguments | {"shared": shared}
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 70])
+def test_experts_that_every_token_visits_are_experts_like_others(tokens, shared):
+    assert_equal_to_reference(with_shared(tokens, shared, total=24 + shared))
+
+
+def test_shared_experts_do_not_count_where_few_pairs_run_by_themselves(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(triton_experts, "by_block", refuse)
+    # 4 tokens choose 2 of 32 each: a quarter of them at most.
+    assert_equal_to_reference(with_shared(4, 1, total=33))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_many_tokens_go_through_shared_experts_in_dense_products(
+    shared, residual, dtype, monkeypatch
+):
+    monkeypatch.setattr(triton_experts, "TILES", TILES[-1:])
+    arguments = with_shared(70, shared, bias=False, dtype=dtype)
+    arguments["top_k_weights"] = arguments["top_k_weights"].float()
+    if residual:
+        arguments["residual"] = arguments["x"].clone()
+    assert_equal_to_reference(arguments)
+
+
+@pytest.mark.parametrize("form", [{"gated": False}, {"transposed": True}, {"bias": True}], ids=str)
+def test_shared_experts_of_other_forms_stay_with_the_others(form, monkeypatch):
+    monkeypatch.setattr(triton_experts, "TILES", TILES[-1:])
+    monkeypatch.delattr(triton_experts, "shared_products")
+    assert_equal_to_reference(with_shared(20, 1, **{"bias": False, **form}))
+
+
 def test_rows_and_choices_may_be_strided():
     for tokens in (1, 9):
         arguments = layer(tokens)

@@ -189,7 +189,7 @@ def test_captured_steps_pass_tokens_on_and_answer_in_pinned_memory():
     slots, tokens = np.array([5, 0, 2, 3]), np.array([1, 2, 3, 4])
     found, expected, waiting = [], [], []
     for position in range(20):
-        letter = mailbox.next()
+        _, letter = mailbox.next()
         letter[0, :size], letter[1, :size], letter[3, :size] = slots, position, 1
         letter[2, :size] = -1 - slots if position else tokens
         letter[4, :size] = slots + 7

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from toy_runner import contract_of
 
+from autodeploy.custom_ops.step import FIELDS
 from autodeploy.errors import ConfigError
 from autodeploy.runtime.caches import plan_caches
+from autodeploy.runtime.letters import LetterWriter
 from autodeploy.runtime.messages import EngineRequest
 from autodeploy.runtime.pages import NULL_PAGE
 from autodeploy.runtime.request import RequestState
@@ -27,6 +29,8 @@ class Harness:
         self.max_model_len = caches.max_model_len
         self.scheduler = Scheduler(self.config, contract, caches.num_pages, self.max_model_len)
         self.written = {name: {} for name in self.scheduler.tables.pools}
+        self.letters = np.zeros((3, len(FIELDS) + len(self.written), 4), dtype=np.int32)
+        self.writer = self.new_writer()
         self.live = []
         self.done = []
         self.arrivals = 0
@@ -55,6 +59,7 @@ class Harness:
         """Plans a step, runs it and gives it as {request: (start, count)}."""
         plan = self.scheduler.schedule()
         self.check(plan)
+        self.check_letter(plan)
         for state, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
             self.write(state, int(start), int(count))
         for state, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
@@ -102,6 +107,21 @@ class Harness:
             if ours not in running and not ours.metrics.preemptions:
                 overtaken = [r for r in running if r.key > ours.key and r.key[0] == ours.key[0]]
                 assert not overtaken, "first come, first served"
+
+    def new_writer(self):
+        tables = list(self.scheduler.tables.tables.values())
+        return LetterWriter(tables, self.config.page_size, letters=3, spare_slot=9)
+
+    def check_letter(self, plan):
+        """A letter that is brought up to date says what one says that is written anew."""
+        if not plan.only_decodes or not len(plan):
+            return
+        at = self.scheduler.tables.used % 3
+        size = min(4, len(plan) + plan.num_tokens % 2)
+        new = np.full_like(self.letters[0], -5)
+        self.writer.write(at, self.letters[at], plan, size)
+        self.new_writer().write(0, new, plan, size)
+        assert (self.letters[at][:, :size] == new[:, :size]).all()
 
     def places(self, group, state, positions):
         table, size = self.scheduler.tables.tables[group], self.config.page_size

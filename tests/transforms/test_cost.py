@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import autodeploy.transforms.library  # noqa: F401 - registers the transforms
 from autodeploy.bench.shapes import SHAPES
 from autodeploy.custom_ops.cost import AttentionCost, Cost, ExpertsCost
+from autodeploy.custom_ops.moe import experts
 from autodeploy.transforms.capture.export import CaptureOptions, capture
 from autodeploy.transforms.cost import (
     Peaks,
@@ -63,6 +64,21 @@ def test_experts_cost_what_tokens_visit():
     assert cost.experts == (ExpertsCost(expert_bytes=2 * 4 * one, experts=4, chosen=2),)
     assert cost.token_flops == 2 * (attention + router + 2 * 2 * one) + 2 * 8
     assert cost.weight_bytes == 4 * (attention + router + 64 * 256 + norms(2) + 8)
+
+
+def test_shared_experts_are_read_whole_and_others_by_chance():
+    def empty(*shape):
+        return torch.empty(shape, device="meta")
+
+    arguments = (empty(5, 8), empty(5, 4), empty(5, 4), empty(12, 12, 8), empty(12, 8, 6))
+    one = 4 * (12 * 8 + 8 * 6)
+    cost = experts.cost(experts.bind(arguments, {"shared": 2}))
+    assert cost.weight_bytes == 2 * one
+    assert cost.experts == (ExpertsCost(expert_bytes=one, experts=10, chosen=2),)
+    assert cost.token_flops == 2 * 4 * one // 4
+    alone = experts.cost(experts.bind(arguments, {}))
+    assert alone.weight_bytes == 0
+    assert alone.token_flops == cost.token_flops
 
 
 def test_windows_states_and_latents_are_counted():

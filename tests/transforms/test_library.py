@@ -226,8 +226,8 @@ class TestPipeline:
         names = sorted(p.name for p in tmp_path.iterdir())
         assert names[0] == "00_captured.txt"
         assert names[-1].endswith("_compile.txt")
-        before = (tmp_path / "04_fuse_parallel_linears.txt").read_text()
-        after = (tmp_path / "06_cache.txt").read_text()
+        before = (tmp_path / "06_fuse_parallel_linears.txt").read_text()
+        after = (tmp_path / "08_cache.txt").read_text()
         assert "autodeploy.attention(" in before
         assert "autodeploy.paged_attention(" in after
         assert "# model.layers.1.self_attn" in after

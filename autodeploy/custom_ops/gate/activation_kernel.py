@@ -64,20 +64,26 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "scale_outer"])
 def gate_kernel(
     x,
     out,
+    scale,
     rows,
     inner,
     x_outer,
     x_inner,
+    scale_outer,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x rows of 2 * WIDTH, out [rows, WIDTH]; one program per row and BLOCK columns."""
+    """x rows of 2 * WIDTH, out [rows, WIDTH]; one program per row and BLOCK columns.
+
+    SCALED: each row times its number of scale, `inner` of which lie together.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -89,4 +95,7 @@ def gate_kernel(
     gates = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
     others = tl.load(start + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     active = activate(gates, ACTIVATION, narrow).to(narrow).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (active * others).to(narrow), mask=inside)
+    result = active * others
+    if SCALED:
+        result *= tl.load(scale + (row // inner) * scale_outer + row % inner).to(tl.float32)
+    tl.store(out + row * WIDTH + column, result.to(narrow), mask=inside)

@@ -42,7 +42,8 @@ def gate_rows(
     pdl = gpu.overlaps_launches()
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     gate_kernel[(rows, -(-width // block))](
-        x, out, rows, inner, outer_stride, inner_stride,
-        WIDTH=width, BLOCK=block, ACTIVATION=activation, PDL=pdl, num_warps=num_warps, **options,
+        x, out, x, rows, inner, outer_stride, inner_stride, 0,
+        WIDTH=width, BLOCK=block, ACTIVATION=activation, SCALED=False, PDL=pdl,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out

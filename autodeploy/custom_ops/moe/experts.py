@@ -16,7 +16,7 @@ from .gates import activate, gate
     "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation='silu', bool gated=True, "
     "bool interleaved=False, bool transposed=False, float limit=0.0, float alpha=0.0, "
-    "Tensor? residual=None) -> Tensor",
+    "int shared=0, Tensor? residual=None) -> Tensor",
     axes="t d^, t k^, t k^, e^ i^ d^, e^ d^ i^, e^ i^, e^ d^, t d^ -> t d^",
 )
 def experts(
@@ -33,6 +33,7 @@ def experts(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    shared: int = 0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, H], top_k_index int64 and top_k_weights [T, k] -> [T, H].
@@ -40,8 +41,9 @@ def experts(
     gate_up [E, 2I, H] ([E, I, H] if not gated), down [E, H, I]; transposed: both with their last
     two dimensions swapped. Biases [E, 2I] and [E, H]. An index of E or more is an expert of
     another rank and adds nothing. Weights multiply what the experts return, and the sum is
-    rounded once, as in transformers' batched and grouped experts. residual [T, H], of x's dtype, is
-    added to it; implementations may add it before they round.
+    rounded once, as in transformers' batched and grouped experts. shared: that many of the first
+    experts are every token's, and the first columns of top_k_index name them in order. residual
+    [T, H], of x's dtype, is added to the sum; implementations may add it before they round.
     """
     hidden = x.new_zeros((*top_k_index.shape, x.shape[1]))
     for expert in range(gate_up.shape[0]):
@@ -64,11 +66,14 @@ def _(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 def _cost(arguments: Mapping[str, Any]) -> Cost:
     names = ("gate_up", "down", "gate_up_bias", "down_bias")
     weights = [arguments[name] for name in names if arguments[name] is not None]
-    total, chosen = int(weights[0].shape[0]), int(arguments["top_k_index"].shape[1])
+    shared, chosen = int(arguments["shared"]), int(arguments["top_k_index"].shape[1])
+    routed = int(weights[0].shape[0]) - shared
     products = sum(w[0].numel() for w in weights[:2])
     size = sum(w[0].numel() * w.dtype.itemsize for w in weights)
     return Cost(
-        token_flops=2 * chosen * products, experts=(ExpertsCost(size, total, min(chosen, total)),)
+        weight_bytes=shared * size,
+        token_flops=2 * chosen * products,
+        experts=(ExpertsCost(size, routed, min(chosen - shared, routed)),),
     )
 
 
@@ -90,6 +95,7 @@ def sorted_cpu(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    shared: int = 0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Tokens sorted by expert, one product per expert that is hit: unhit weights stay unread."""

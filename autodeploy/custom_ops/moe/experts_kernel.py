@@ -58,84 +58,25 @@ def weight_rows(
     return row, exists
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def block_product_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    slots,
-    block_expert,
-    block_count,
-    pairs,
-    width,
-    x_stride,
-    w_expert,
-    w_row,
-    w_column,
-    CHOICES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAIRED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SWAP: tl.constexpr,
-    KNOWN: tl.constexpr,
-    EARLY: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
+@triton.jit
+def multiply_block(
+    x, weight, bias, out, slot, expert, start, pairs, width, x_stride, w_row, w_column,
+    CHOICES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns from `start` of the pairs `slot` [BLOCK_M]: see `block_product_kernel`.
 
-    x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
-    its strides; width is WIDTH. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs`
-    where there is none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose
-    rows fill a tensor core's 64 better than a few tokens do. KNOWN: the kernel in front is a
-    product over the same blocks, not what sorted them; then weights are asked for before the wait,
-    EARLY bytes of each row.
+    weight: of the pairs' expert. bias: of all experts.
     """
-    if PDL and not KNOWN:
-        tl.extra.cuda.gdc_wait()
-        # Only now: a kernel that starts from here on may read the sorted pairs before it waits.
-        tl.extra.cuda.gdc_launch_dependents()
-    # Not from L1 before the wait: it may hold what was here in an earlier layer.
-    blocks = tl.load(block_count, cache_modifier=".cg")
-    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    if program >= blocks * COLUMN_BLOCKS:
-        if PDL and KNOWN:
-            tl.extra.cuda.gdc_wait()
-        return
-    # GROUP blocks share a column's weights, and all columns share the group's rows, in L2.
-    first = program // (GROUP * COLUMN_BLOCKS) * GROUP
-    group = tl.minimum(blocks - first, GROUP)
-    within = program % (GROUP * COLUMN_BLOCKS)
-    block = first + within % group
-    start = within // group * BLOCK_N
-
-    slot = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M), cache_modifier=".cg")
     taken = slot < pairs
-    expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
     # Rows of empty slots are computed of row 0 and never written: no mask in the loop.
     x_row = tl.where(taken, slot // CHOICES, 0).to(tl.int64)
     row, exists = weight_rows(start, COLUMNS, BLOCK_N, GATED, INTERLEAVED, PAIRED)
     ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
     depth = tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0
-    weight += expert * w_expert
-    if PDL and KNOWN:
-        if EARLY > 0:
-            prefetch(weight, start, COLUMNS, WIDTH, BLOCK_N, EARLY)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
     if SWAP:
         x_at = x + (x_row[None, :] * x_stride + depth[:, None])
         w_at = weight + (row[:, None] * w_row + depth[None, :] * w_column)
@@ -186,6 +127,98 @@ def block_product_kernel(
     column = start + tl.arange(0, BLOCK_N)
     place = out + (slot.to(tl.int64)[:, None] * COLUMNS + column[None, :])
     tl.store(place, result.to(narrow), mask=taken[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def block_product_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    slots,
+    block_expert,
+    block_count,
+    pairs,
+    width,
+    x_stride,
+    w_expert,
+    w_row,
+    w_column,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    HALVES: tl.constexpr,
+    KNOWN: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[p] = activation(weight[expert of p] @ x[p // CHOICES] + bias): one block of pairs each.
+
+    x [.., WIDTH], out [pairs, COLUMNS] without gaps, weight [E, COLUMNS or 2 * COLUMNS, WIDTH] by
+    its strides; width is WIDTH. slots [blocks * BLOCK_M] int32: the pairs of each block, `pairs`
+    where there is none. ACTIVATION: "" for none. SWAP: the weights are the left operand, whose
+    rows fill a tensor core's 64 better than a few tokens do. HALVES: of a block that has no pairs
+    in its second half only the first is computed. KNOWN: the kernel in front is a product over the
+    same blocks, not what sorted them; then weights are asked for before the wait, EARLY bytes of
+    each row.
+    """
+    if PDL and not KNOWN:
+        tl.extra.cuda.gdc_wait()
+        # Only now: a kernel that starts from here on may read the sorted pairs before it waits.
+        tl.extra.cuda.gdc_launch_dependents()
+    # Not from L1 before the wait: it may hold what was here in an earlier layer.
+    blocks = tl.load(block_count, cache_modifier=".cg")
+    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    if program >= blocks * COLUMN_BLOCKS:
+        if PDL and KNOWN:
+            tl.extra.cuda.gdc_wait()
+        return
+    # GROUP blocks share a column's weights, and all columns share the group's rows, in L2.
+    first = program // (GROUP * COLUMN_BLOCKS) * GROUP
+    group = tl.minimum(blocks - first, GROUP)
+    within = program % (GROUP * COLUMN_BLOCKS)
+    block = first + within % group
+    start = within // group * BLOCK_N
+
+    slots += block * BLOCK_M
+    slot = tl.load(slots + tl.arange(0, BLOCK_M), cache_modifier=".cg")
+    expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
+    full = True
+    if HALVES:
+        # Slots are taken one after the other.
+        full = tl.load(slots + BLOCK_M // 2, cache_modifier=".cg") < pairs
+    weight += expert * w_expert
+    if PDL and KNOWN:
+        if EARLY > 0:
+            prefetch(weight, start, COLUMNS, WIDTH, BLOCK_N, EARLY)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if full:
+        multiply_block(
+            x, weight, bias, out, slot, expert, start, pairs, width, x_stride, w_row, w_column,
+            CHOICES, WIDTH, COLUMNS, GATED, INTERLEAVED, PAIRED, ACTIVATION, LIMIT, ALPHA, HAS_BIAS,
+            BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+        )  # fmt: skip
+    elif HALVES:
+        few = tl.load(slots + tl.arange(0, BLOCK_M // 2), cache_modifier=".cg")
+        multiply_block(
+            x, weight, bias, out, few, expert, start, pairs, width, x_stride, w_row, w_column,
+            CHOICES, WIDTH, COLUMNS, GATED, INTERLEAVED, PAIRED, ACTIVATION, LIMIT, ALPHA, HAS_BIAS,
+            BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,
+        )  # fmt: skip
 
 
 @triton.jit

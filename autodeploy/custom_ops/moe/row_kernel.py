@@ -24,6 +24,7 @@ def row_up_kernel(
     w_column,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
+    SHARED: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     GATED: tl.constexpr,
@@ -40,13 +41,18 @@ def row_up_kernel(
 ):
     """out[p] = activation(weight[index[p]] @ x[p // CHOICES] + bias); one program per pair and
     BLOCK_N columns. Shapes as in `block_product_kernel`. STAGES: of the loop over depth, if the
-    rows are not read at once."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        # Only now: `row_down_kernel` may begin to read weights when the experts are known.
-        tl.extra.cuda.gdc_launch_dependents()
+    rows are not read at once. SHARED: of a token's pairs, the first are of the first experts."""
     pair = tl.program_id(1)
-    expert = tl.load(index + pair).to(tl.int64)
+    place = pair % CHOICES
+    # Whole rows of known experts are on their way while a router still chooses the others.
+    AHEAD: tl.constexpr = SHARED if PDL and BLOCK_K >= WIDTH else 0
+    if PDL:  # noqa: SIM102 - one is known when it is compiled, the other when it runs
+        if place >= AHEAD:
+            tl.extra.cuda.gdc_wait()
+            # Only now: `row_down_kernel` may begin to read weights when the experts are known.
+            tl.extra.cuda.gdc_launch_dependents()
+    expert = tl.load(index + pair, mask=place >= SHARED, other=0)
+    expert = tl.where(place < SHARED, place, expert).to(tl.int64)
     if (expert < 0) | (expert >= EXPERTS):
         return
     start = tl.program_id(0) * BLOCK_N
@@ -61,6 +67,10 @@ def row_up_kernel(
         w_tile = tl.load(w_at, mask=exists[:, None] & inside[None, :], other=0.0)
         # All loads of weights are under way before one is waited for: ptxas mixes them with sums.
         tl.debug_barrier()
+        if AHEAD > 0:  # noqa: SIM102
+            if place < AHEAD:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
         x_part = tl.load(x + depth, mask=inside, other=0.0)
         total = w_tile.to(tl.float32) * x_part.to(tl.float32)[None, :]
     else:

@@ -4,7 +4,8 @@ A token or two: every pair of a token and a choice reads its expert's weights by
 launches; the second begins to read when it knows the experts, before the first is done. More: pairs
 are sorted by expert into blocks of rows, then two products over blocks and a sum over choices. The
 grid is for the most blocks there could be; programs beyond the actual number end at once. Which
-tiles are used depends on how many pairs an expert has on average.
+tiles are used depends on how many pairs a routed expert has on average. Of so many tokens that this
+is bound by arithmetic, shared experts are dense products in front.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .. import gpu
 from ..op import Choice
 from .experts import experts
 from .gates import ACTIVATIONS
+from .shared_products import shared_products
 from .sorted_pairs import SortedPairs, sort_pairs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,6 +86,9 @@ TILES = (
     Tiles(float("inf"), 128, BlockTile(128, 64, 8, 4, 8), BlockTile(256, 64, 8, 4, 8)),
 )
 """Untransposed weights; a gated product's tile has twice `columns` rows of weights."""
+HALVED_ROWS = 128
+"""From this many rows on, half a block is computed where that is all it has. Of 8192 tokens and
+their 8 of 128 experts one row in nine is of no pair, with halves one in eighteen."""
 
 
 def _applies(choice: Choice) -> bool:
@@ -119,6 +124,7 @@ def grouped(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 0.0,
+    shared: int = 0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `experts`; x and the weights of one dtype, at most 1024 experts."""
@@ -133,10 +139,18 @@ def grouped(
     back = _Product(down, down_bias)
     x = x if x.stride(1) == 1 else x.contiguous()
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    pairs, total = tokens * choices, gate_up.shape[0]
+    # Whether pairs meet is asked of routed ones: those of shared experts do, whatever the rest.
+    pairs, total = tokens * (choices - shared), gate_up.shape[0] - shared
     if tokens == 1 or pairs * EXPERTS_PER_PAIR <= total:
-        return by_row(x, index, weights, up, back, residual)
+        return by_row(x, index, weights, up, back, residual, shared=shared)
     tiles = next(t for t in TILES if pairs <= t.pairs_per_expert * total)
+    biased = gate_up_bias is not None or down_bias is not None
+    plain = gated and not (biased or interleaved or transposed or limit or alpha)
+    # In the last tiles blocks are bound by what they compute.
+    if shared and plain and tiles is TILES[-1]:
+        alone = (weights[:, :shared], gate_up[:shared].mT, down[:shared].mT)
+        residual = shared_products(x, *alone, activation, residual)
+        index, weights = index[:, shared:].contiguous(), weights[:, shared:].contiguous()
     return by_block(x, index, weights, up, back, tiles, residual)
 
 
@@ -194,26 +208,27 @@ def by_row(
     residual: torch.Tensor | None = None,
     up_tile: RowTile | None = None,
     down_tile: DownTile = ROW_DOWN,
+    shared: int = 0,
 ) -> torch.Tensor:
     """Every pair by itself."""
     from .row_kernel import row_down_kernel, row_up_kernel
 
     tokens, choices = index.shape
     options: dict[str, Any] = {"launch_pdl": True} if gpu.overlaps_launches() else {}
-    shared = {"EXPERTS": up.experts, "CHOICES": choices}
+    counts = {"EXPERTS": up.experts, "CHOICES": choices}
     inner = x.new_empty((tokens * choices, up.columns))
     out = x.new_empty(x.shape)
     tile = up_tile or _up_tile(up)
     row_up_kernel[(-(-up.columns // tile.columns), tokens * choices)](
-        x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **shared,
-        BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
-        **options,
+        x, index, up.weight, up.bias, inner, x.stride(0), *up.strides, **up.form, **counts,
+        SHARED=shared, BLOCK_N=tile.columns, BLOCK_K=tile.depth, STAGES=tile.stages,
+        num_warps=tile.warps, **options,
     )  # fmt: skip
     columns, depth = _beside(down, down_tile, choices)
     early = down.early(2 * down.plain["WIDTH"]) if down_tile.early and options else 0
     row_down_kernel[(-(-down.columns // columns), tokens)](
         inner, index, weights, down.weight, down.bias, out if residual is None else residual, out,
-        *down.strides, **down.plain, **shared, HAS_RESIDUAL=residual is not None,
+        *down.strides, **down.plain, **counts, HAS_RESIDUAL=residual is not None,
         BLOCK_C=1 << (choices - 1).bit_length(), BLOCK_N=columns, BLOCK_K=depth,
         EARLY=max(0, early - 2 * depth), num_warps=down_tile.warps, **options,
     )  # fmt: skip
@@ -293,6 +308,7 @@ def _block_product(
         x, product.weight, product.bias, out, order.slots, order.block_expert, order.block_count,
         out.shape[0], product.plain["WIDTH"], x.stride(0), *product.strides, **product.form,
         CHOICES=choices, BLOCK_M=order.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=tile.group,
-        SWAP=tile.swap, KNOWN=known, EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
+        SWAP=tile.swap, HALVES=order.rows >= HALVED_ROWS, KNOWN=known, EARLY=early,
+        num_warps=tile.warps, num_stages=tile.stages,
         **options,
     )  # fmt: skip

@@ -22,24 +22,30 @@ def _applies(choice: Choice) -> bool:
         and logits.dtype in _DTYPES
         and choice.args["dtype"] in _DTYPES
         and isinstance(logits.shape[-1], int)
-        and logits.shape[-1] <= MAX_EXPERTS
-        and choice.args["k"] <= MAX_CHOICES
+        and (choice.args["gate"] or logits.shape[-1]) <= MAX_EXPERTS
+        and choice.args["k"] + choice.args["shared"] <= MAX_CHOICES
     )
 
 
 @route.implement("triton", when=_applies, priority=10, capturable=True)
 def route_rows(
-    logits: torch.Tensor, k: int, normalize: bool, dtype: torch.dtype
+    logits: torch.Tensor,
+    k: int,
+    normalize: bool,
+    dtype: torch.dtype,
+    shared: int = 0,
+    gate: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `route`; at most 512 experts and 32 choices. Of equal ones the lower index is first."""
     from .route_kernel import route_kernel
 
-    experts = logits.shape[-1]
-    rows = logits.reshape(-1, experts)
+    experts = gate or logits.shape[-1]
+    rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    index = torch.empty((*logits.shape[:-1], k), dtype=torch.int64, device=logits.device)
-    weights = torch.empty((*logits.shape[:-1], k), dtype=dtype, device=logits.device)
+    shape = (*logits.shape[:-1], shared + k)
+    index = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(shape, dtype=dtype, device=logits.device)
     if rows.shape[0] == 0:
         return index, weights
     block = max(16, 1 << (experts - 1).bit_length())
@@ -49,8 +55,9 @@ def route_rows(
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     route_kernel[(-(-rows.shape[0] // block_tokens),)](
         rows, index, weights, rows.shape[0], rows.stride(0),
-        EXPERTS=experts, CHOICES=k, NORMALIZE=normalize, BLOCK_TOKENS=block_tokens,
-        BLOCK_EXPERTS=block, BLOCK_CHOICES=1 << (k - 1).bit_length(), PDL=pdl,
+        EXPERTS=experts, CHOICES=k, SHARED=shared, GATED=gate > 0, NORMALIZE=normalize,
+        BLOCK_TOKENS=block_tokens, BLOCK_EXPERTS=block,
+        BLOCK_CHOICES=1 << (shared + k - 1).bit_length(), PDL=pdl,
         num_warps=4 if block_tokens > 1 else 1, **options,
     )  # fmt: skip
     return index, weights

@@ -36,8 +36,8 @@ def _applies(choice: Choice) -> bool:
         # Loads of 16 bytes.
         and int(weight.shape[1]) % 8 == 0
         and int(weight.shape[1]) <= _WIDEST
-        and int(weight.shape[0]) <= MAX_EXPERTS
-        and a["k"] <= MAX_CHOICES
+        and int(a["gate"] or weight.shape[0]) <= MAX_EXPERTS
+        and a["k"] + a["shared"] <= MAX_CHOICES
     )
 
 
@@ -48,6 +48,8 @@ def routed_rows(
     k: int,
     normalize: bool,
     dtype: torch.dtype,
+    shared: int = 0,
+    gate: int = 0,
     bias: torch.Tensor | None = None,
     wide: bool = False,
     norm_weight: torch.Tensor | None = None,
@@ -66,7 +68,7 @@ def routed_rows(
         if norm:
             x = normed = rms_norm_rows(x, norm_weight, eps, norm_offset, cast_before_weight)
         logits = _product(x, weight, bias, wide)
-    return (*route_rows(logits, k, normalize, dtype), normed)
+    return (*route_rows(logits, k, normalize, dtype, shared, gate), normed)
 
 
 def _product(

@@ -32,9 +32,9 @@ from torch import fx
 from autodeploy.custom_ops.linear import fused_linear
 from autodeploy.custom_ops.norm import rms_norm
 
+from ..gated_mlp import activation_of, match_gate
 from ..program import Fact, Program
 from ..transform import Site, Transform, is_call, register_transform
-from .fuse_gated_activation import activation_of, match_gate
 
 aten = torch.ops.aten
 

@@ -107,12 +107,13 @@ def _product(node: fx.Node) -> dict[str, Any] | None:
     if any(n is not None and n.op != "get_attr" for n in (weight, bias)):
         return None
     values = [n.meta["val"] for n in operands if n is not None]
-    total, width = values[1].shape
+    chosen = route.bind(node.args, node.kwargs)
+    width = values[1].shape[1]
     fits = (
-        total <= _MOST_EXPERTS
+        (chosen["gate"] or values[1].shape[0]) <= _MOST_EXPERTS
         and width <= _WIDEST
         and width % 8 == 0
-        and node.args[1] <= _MOST_CHOICES  # type: ignore[operator]
+        and chosen["k"] + chosen["shared"] <= _MOST_CHOICES
     )
     alike = values[0].dtype in _NARROW and all(v.dtype is values[0].dtype for v in values)
     if not fits or not alike or values[0].dim() != 2:
