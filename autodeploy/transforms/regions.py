@@ -130,7 +130,7 @@ def _kinds(program: Program) -> dict[fx.Node, str]:
     """Of every node: "source", "size", "view", "work", or "kernel", which no region can hold."""
     device = program.contract.device
     # Caches are written at other times than the graph's edges say: what reads one stays.
-    written = {n for node in program.graph.nodes for n in _written_by(node)}
+    written = {n for node in program.graph.nodes for n in written_by(node)}
     kinds: dict[fx.Node, str] = {}
     for node in program.graph.nodes:
         sources = node.all_input_nodes
@@ -154,7 +154,8 @@ def _is_made(node: fx.Node) -> bool:
     return node.op == "call_function" and bool(_tensors(node.meta.get("val")))
 
 
-def _written_by(node: fx.Node) -> Iterator[fx.Node]:
+def written_by(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes whose memory a call writes to, by its schema."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
     for index, argument in enumerate(node.target._schema.arguments):

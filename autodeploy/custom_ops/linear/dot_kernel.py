@@ -3,12 +3,16 @@
 The weight's tile is the tall operand of the matrix instruction; the tokens, padded to 16 or more,
 are the narrow one. Weights are asked for before the wait for the kernel in front: nothing writes
 them. Where there are few tiles, rows are split, and the sums of their parts meet.
+
+The norm between two products has no pass of its own. Whoever finishes the residual stream also
+leaves it multiplied by the norm's weight, and its sums of squares; the next product multiplies the
+former, and divides what it gets by the root of the latter.
 """
 
 import triton
 import triton.language as tl
 
-from .gemv_kernel import gate, prefetch
+from .gemv_kernel import gate, prefetch, shifted
 
 # More than the most parts that wait for each other.
 ROUND = tl.constexpr(64)
@@ -31,7 +35,7 @@ def finish(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """Whole sums [BLOCK_N, BLOCK_M] to a tile of out.
+    """Whole sums [BLOCK_N, BLOCK_M] to a tile of out, which is returned as it is stored.
 
     added: of `residual_tile`.
     """
@@ -46,7 +50,53 @@ def finish(
     place = token[None, :] * outputs + column[:, None]
     if HAS_RESIDUAL:
         y = y + added.to(tl.float32)
-    tl.store(out + place, y.to(DTYPE), mask=mask)
+    y = y.to(DTYPE)
+    tl.store(out + place, y, mask=mask)
+    return y
+
+
+@triton.jit
+def squares_tile(squares, token, tokens, SQUARES: tl.constexpr):
+    """Partial sums of squares [SQUARES or more, BLOCK_M] of rows of the residual stream."""
+    POWER: tl.constexpr = triton.next_power_of_2(SQUARES)
+    number = tl.arange(0, POWER)
+    mask = (number < SQUARES)[:, None] & (token < tokens)[None, :]
+    return tl.load(squares + token[None, :] * SQUARES + number[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def inverse_roots(partial, eps, K: tl.constexpr):
+    """What a norm multiplies rows of K numbers by [1, BLOCK_M]. partial: of `squares_tile`."""
+    return tl.rsqrt(tl.sum(partial, axis=0) / K + eps)[None, :]
+
+
+@triton.jit
+def leave_scaled(
+    y, scale, new_scaled, new_squares, column, first_column, token, tokens, outputs,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of finished columns y of the residual stream, what the product after the next norm takes.
+
+    y [columns, BLOCK_M] times the norm's weight, to new_scaled, and sums of their squares, to the
+    first of the numbers of new_squares, one for each GROUP of columns, that stand for these
+    columns; the others are 0.
+    """
+    COUNT: tl.constexpr = y.shape[0] // GROUP
+    inside = token < tokens
+    mask = (column < outputs)[:, None] & inside[None, :]
+    stored = tl.where(mask, y.to(tl.float32), 0.0)
+    place = token[None, :] * outputs + column[:, None]
+    scaled = stored * scale[:, None]
+    tl.store(new_scaled + place, scaled.to(new_scaled.dtype.element_ty), mask=mask)
+    total = tl.sum(stored * stored, axis=0)[None, :]
+    number = tl.arange(0, COUNT)
+    at = first_column // GROUP + number
+    numbers = (outputs + GROUP - 1) // GROUP
+    tl.store(
+        new_squares + token[None, :] * numbers + at[:, None],
+        tl.where((number == 0)[:, None], total, 0.0),
+        mask=(at < numbers)[:, None] & inside[None, :],
+    )
 
 
 @triton.jit
@@ -89,13 +139,15 @@ def gather(
     return first, second
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "eps", "offset"])
 def dot_kernel(
-    x, weight, bias, residual, out, scratch, arrivals, tokens, outputs,
+    x, weight, bias, residual, out, scratch, arrivals, squares, next_weight, new_scaled,
+    new_squares, tokens, outputs, eps, offset,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SQUARES: tl.constexpr, GROUP: tl.constexpr,
+    HAS_NEXT_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], weight [outputs or twice that, K] -> out [tokens, outputs].
 
@@ -106,6 +158,10 @@ def dot_kernel(
     one per tile; zeros, or if SHARED multiples of ROUND. EARLY: bytes of each weight row that are
     asked for before the wait. WIDE: products of float32, for the interpreter, which has none of
     bfloat16.
+
+    SQUARES: x is a `new_scaled`, and squares [tokens, SQUARES] are what was left with it; 0: it is
+    no such thing. GROUP: columns that each of new_squares stands for; 0: nothing is left. These are
+    described in `leave_scaled`; next_weight and offset are those of the norm that is to come.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -134,6 +190,14 @@ def dot_kernel(
     # result yet, which may go to where this lies.
     if BLOCK_M <= 64 or SHARED:
         added = residual_tile(residual, tile * BLOCK_N + own, token, tokens, outputs, HAS_RESIDUAL)
+    scale = tl.full(own.shape, 1.0, tl.float32)
+    if GROUP > 0 and HAS_NEXT_WEIGHT:
+        owned = tile * BLOCK_N + own
+        loaded = tl.load(next_weight + owned, mask=owned < outputs, other=0.0)
+        scale = shifted(loaded, offset, HAS_OFFSET, ROUNDED)
+    # Where parts meet there is time for it then, and registers are free.
+    if SQUARES > 0 and SPLIT == 1:
+        partial = squares_tile(squares, token, tokens, SQUARES)
     first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = first
     w_tile = rows[:, None] + k[None, :]
@@ -171,10 +235,20 @@ def dot_kernel(
         added = residual_tile(residual, tile * BLOCK_N + own, token, tokens, outputs, HAS_RESIDUAL)
 
     if SPLIT == 1:
-        finish(
+        if SQUARES > 0:
+            inverse = inverse_roots(partial, eps, K)
+            first *= inverse
+            if GATED:
+                second *= inverse
+        y = finish(
             first, second, bias, added, out, column, token, tokens, outputs,
             HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
         )  # fmt: skip
+        if GROUP > 0:
+            leave_scaled(
+                y, scale, new_scaled, new_squares, column, tile * BLOCK_N, token, tokens, outputs,
+                GROUP,
+            )  # fmt: skip
     else:
         AREA: tl.constexpr = BLOCK_N * BLOCK_M
         SLOT: tl.constexpr = AREA * (2 if GATED else 1)
@@ -184,6 +258,8 @@ def dot_kernel(
         tl.store(slots + part * SLOT + index, first)
         if GATED:
             tl.store(slots + part * SLOT + AREA + index, second)
+        if SQUARES > 0:
+            partial = squares_tile(squares, token, tokens, SQUARES)
         complete = True
         if SHARED:
             arrive(arrivals + number, SPLIT)
@@ -193,7 +269,20 @@ def dot_kernel(
             whole, other = gather(
                 slots, own[:, None] * BLOCK_M + beside[None, :], SPLIT, SLOT, AREA, GATED
             )
-            finish(
+            if SQUARES > 0:
+                inverse = inverse_roots(partial, eps, K)
+                whole *= inverse
+                if GATED:
+                    other *= inverse
+            y = finish(
                 whole, other, bias, added, out, tile * BLOCK_N + own, token, tokens, outputs,
                 HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
             )  # fmt: skip
+            if GROUP > 0:
+                start = tile * BLOCK_N
+                if SHARED:
+                    start += part * (BLOCK_N // SPLIT)
+                leave_scaled(
+                    y, scale, new_scaled, new_squares, tile * BLOCK_N + own, start, token, tokens,
+                    outputs, GROUP,
+                )  # fmt: skip

@@ -17,7 +17,8 @@ from ..op import register_op
 @register_op(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, "
     "bool norm=False, float eps=0.0, float norm_offset=0.0, bool cast_before_weight=True, "
-    "str activation='', bool gated=False, Tensor? residual=None) -> Tensor",
+    "str activation='', bool gated=False, Tensor? residual=None, "
+    "Tensor? scaled=None, Tensor? squares=None) -> Tensor",
     capturable=True,
 )
 def fused_linear(
@@ -32,6 +33,8 @@ def fused_linear(
     activation: str = "",
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N], or [..., N / 2] if gated.
 
@@ -42,7 +45,9 @@ def fused_linear(
     result float32. x has the weight's dtype, or is float32 if it is normed.
 
     The reference rounds wherever separate ops do. Implementations may round less: leave a normed
-    row or a product in float32 until the residual is added, and round the sum once.
+    row or a product in float32 until the residual is added, and round the sum once. scaled [..., K]
+    and squares [..., P]: what `add_linear_scaled` returned for this norm when it wrote x, which an
+    implementation may read in place of x.
 
     Raises:
         OpError: there is no activation of that name.
@@ -72,6 +77,8 @@ def _(
     activation: str = "",
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     dtype = weight.dtype

@@ -10,6 +10,8 @@ GEMV_TOKENS = 1
 """Most tokens `gemv_kernel` is chosen for; it holds sums for 2."""
 DOT_TOKENS = 64
 """Most tokens `dot_kernel` is chosen for; above, cuBLAS."""
+MOST_SQUARES = 128
+"""Partial sums of squares of a row, if each need not stand for more than 64 columns."""
 HEAD_ROWS = 65536
 """From this many rows on cuBLAS reads a weight as fast as it can be read."""
 NARROW_TOKENS = 64
@@ -137,6 +139,22 @@ def _wide(tokens: int, columns: int, width: int, multiprocessors: int) -> Tiling
             group=16,
         )  # fmt: skip
     return Tiling("cublas")
+
+
+def scaled_ahead(tokens: int) -> bool:
+    """Whether a product leaves its result scaled for the norm after it, and that is then read.
+
+    By the number of tokens alone: who writes and who reads have tilings of their own.
+    """
+    return GEMV_TOKENS < tokens <= DOT_TOKENS
+
+
+def columns_of_square(width: int) -> int:
+    """Columns that each partial sum of squares of rows of `width` numbers stands for.
+
+    A power of 2, so small that parts of a tile that finish some columns each have one of their own.
+    """
+    return min(64, _power(-(-width // MOST_SQUARES)))
 
 
 def padded(tokens: int) -> int:

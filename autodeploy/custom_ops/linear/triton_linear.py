@@ -16,14 +16,13 @@ from ..moe.gates import ACTIVATIONS, activate
 from ..norm.triton_norm import rms_norm_rows
 from ..op import Choice, OpError
 from .add_linear import add_linear
-from .arrivals import MAX_TILES, arrivals_of
+from .add_linear_scaled import add_linear_scaled
+from .dot_linear import NextNorm, can_leave, dot_linear, early_bytes
 from .fused_linear import fused_linear
-from .skinny_config import Tiling, padded, tiling_of
+from .skinny_config import Tiling, scaled_ahead, tiling_of
 from .wide_linear import can_be_wide, wide_linear
 
 _DTYPES = (torch.bfloat16, torch.float16)
-MAX_PARTS = 64
-"""Parts of a tile that can wait for each other; fewer if not a power of 2."""
 
 
 def _applies(choice: Choice) -> bool:
@@ -46,6 +45,12 @@ def _applies(choice: Choice) -> bool:
     )
 
 
+def _leaves(choice: Choice) -> bool:
+    weight = choice.args["next_weight"]
+    alike = weight is None or weight.dtype is choice.args["weight"].dtype
+    return alike and _applies(choice)
+
+
 @fused_linear.implement("triton", when=_applies, priority=10, capturable=True)
 def fused_linear_rows(
     x: torch.Tensor,
@@ -59,11 +64,18 @@ def fused_linear_rows(
     activation: str = "",
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `fused_linear`; of one 2-byte dtype, but for x and the residual, which may be float32."""
+    """As `fused_linear`; of one 2-byte dtype, but for x and the residual, which may be float32.
+
+    scaled and squares, of `add_linear_scaled`, are read in place of x where they are filled and
+    `dot_kernel` runs.
+    """
+    ahead = None if scaled is None or squares is None else (scaled, squares)
     return _product(
         x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
-        gated, residual,
+        gated, residual, ahead=ahead,
     )  # fmt: skip
 
 
@@ -89,6 +101,38 @@ def add_linear_rows(
         residual.copy_(_product(x, weight, bias, *form))
 
 
+@add_linear_scaled.implement("triton", when=_leaves, priority=10, capturable=True)
+def add_linear_scaled_rows(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm: bool = False,
+    eps: float = 0.0,
+    norm_offset: float = 0.0,
+    cast_before_weight: bool = True,
+    activation: str = "",
+    gated: bool = False,
+    next_weight: torch.Tensor | None = None,
+    next_offset: float = 0.0,
+    next_cast_before_weight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `add_linear_scaled`; dtypes as for `fused_linear_rows`.
+
+    What it returns is filled where `scaled_ahead` holds, and read nowhere else.
+    """
+    form = (norm_weight, norm, eps, norm_offset, cast_before_weight, activation, gated, residual)
+    following = NextNorm.of(
+        residual, weight.dtype, next_weight, next_offset, next_cast_before_weight
+    )
+    if residual.is_contiguous():
+        _product(x, weight, bias, *form, in_place=True, following=following)
+    else:
+        residual.copy_(_product(x, weight, bias, *form, following=following))
+    return following.scaled, following.squares
+
+
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -102,8 +146,13 @@ def _product(
     gated: bool,
     residual: torch.Tensor | None,
     in_place: bool = False,
+    ahead: tuple[torch.Tensor, torch.Tensor] | None = None,
+    following: NextNorm | None = None,
 ) -> torch.Tensor:
-    """As `fused_linear`. in_place: the result overwrites the residual, which is contiguous."""
+    """As `fused_linear`. in_place: the result overwrites the residual, which is contiguous.
+
+    ahead: what `add_linear_scaled` returned with x. following: what is left for the norm to come.
+    """
     rows, width = weight.shape
     tokens = x.numel() // width
     shape = (*x.shape[:-1], rows // 2 if gated else rows)
@@ -111,7 +160,10 @@ def _product(
         return x.new_empty(shape, dtype=_result_dtype(weight, residual))
     ends = bool(activation) or residual is not None
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors(), ends, norm)
-    if norm and tiling.kernel != "gemv":
+    squares = None
+    if norm and ahead is not None and scaled_ahead(tokens) and tiling.kernel == "dot":
+        (x, squares), norm = ahead, False
+    elif norm and tiling.kernel != "gemv":
         form = (norm_weight, eps, norm_offset, cast_before_weight)
         x, norm = rms_norm_rows(x, *form, dtype=weight.dtype), False
     x = x.reshape(tokens, width)
@@ -120,6 +172,8 @@ def _product(
     # One object for both: cuBLAS copies a residual that is not the very tensor it writes.
     out = residual if in_place else None
     plain = residual is None or residual.dtype is weight.dtype
+    leaves = following is not None and scaled_ahead(tokens)
+    within = leaves and can_leave(tiling, rows // 2 if gated else rows)
     if tiling.kernel == "wide" and plain and can_be_wide(x, weight):
         y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
     elif tiling.kernel in ("cublas", "wide"):
@@ -127,8 +181,10 @@ def _product(
     else:
         y = skinny_linear(
             x, weight, bias, norm_weight, norm, eps, norm_offset, cast_before_weight, activation,
-            gated, residual, tiling, out,
+            gated, residual, tiling, out, squares, following if within else None,
         )  # fmt: skip
+    if following is not None and leaves and not within:
+        following.fill(y)
     return y.view(shape)
 
 
@@ -146,10 +202,14 @@ def skinny_linear(
     residual: torch.Tensor | None,
     tiling: Tiling,
     out: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+    following: NextNorm | None = None,
 ) -> torch.Tensor:
     """x [tokens, K] and residual [tokens, columns] on one kernel, with a given tiling.
 
-    out: None, or what the result is written to, contiguous; it may be the residual.
+    out: None, or what the result is written to, contiguous; it may be the residual. For
+    `dot_kernel` only: squares: x has been multiplied by a norm's weight, and these are what
+    `add_linear_scaled` returned with it. following: what the kernel is to leave for a norm.
 
     Raises:
         OpError: the tiling's kernel applies no norm, and one is asked for.
@@ -186,7 +246,7 @@ def skinny_linear(
     elif norm:
         raise OpError("dot_kernel takes rows that are normed already")
     else:
-        _dot((*operands, *ends), tiling, options)
+        dot_linear((*operands, *ends), tiling, options, squares, eps, following)
     return out
 
 
@@ -202,57 +262,12 @@ def _gemv(
     gemv_kernel[(-(-columns // tiling.block_n),)](
         *operands, columns, eps, norm_offset,
         K=x.shape[1], TOKENS=tokens, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
-        EARLY=_early(tiling, weight, 1), **options,
+        EARLY=early_bytes(tiling, weight, 1), **options,
     )  # fmt: skip
-
-
-def _dot(operands: tuple[torch.Tensor, ...], tiling: Tiling, options: dict[str, Any]) -> None:
-    """operands: as of `dot_kernel`, without its scratch."""
-    from .dot_kernel import dot_kernel
-
-    x, weight, *_, out = operands
-    tokens, columns = out.shape
-    block_m = tiling.block_m or padded(tokens)
-    programs, token_tiles = -(-columns // tiling.block_n), -(-tokens // block_m)
-    tiles = programs * token_tiles
-    split = tiling.split if tiles <= MAX_TILES else 1
-    shared = _shared(tiling, tiles)
-    scratch = arrivals = out
-    if split > 1:
-        area = tiling.block_n * block_m * (2 if options["GATED"] else 1)
-        scratch = torch.empty(tiles * split * area, dtype=torch.float32, device=x.device)
-        arrivals = arrivals_of(x.device, waiting=shared)
-    dot_kernel[(programs, split, token_tiles)](
-        *operands, scratch, arrivals, tokens, columns,
-        K=x.shape[1], BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
-        SHARED=shared, EARLY=_early(tiling, weight, split), WIDE=gpu.interpreted(),
-        num_stages=tiling.stages, **options,
-    )  # fmt: skip
-
-
-def _shared(tiling: Tiling, tiles: int) -> bool:
-    """Whether each part of a tile adds up a share of it, for which parts wait for each other.
-
-    If all programs run at a time, which one a multiprocessor does for sure. In us a layer of a
-    chain of products on an H200, and what it was with one part that adds up the tile: 64 tokens,
-    0.6B 24.7 (26.9), 1B 45.5 (46.9); 8 tokens 22.0 (23.1).
-    """
-    parts = tiling.split
-    together = parts * tiles <= gpu.multiprocessors() and not gpu.interpreted()
-    return together and 1 < parts <= tiling.block_n and not MAX_PARTS % parts
 
 
 def _result_dtype(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     return weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-
-
-def _early(tiling: Tiling, weight: torch.Tensor, split: int) -> int:
-    """Bytes of a weight row to ask for early: none past its part's end, nor past the row's."""
-    width = weight.shape[1]
-    uneven = split > 1 and width % (tiling.block_k * split)
-    if not gpu.overlaps_launches() or uneven or weight.data_ptr() % 16:
-        return 0
-    return min(tiling.early, 2 * width // split)
 
 
 def _with_cublas(

@@ -27,6 +27,7 @@ from . import (
     gather_logits,
     load,
     lower,
+    norm_ahead,
 )
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "gather_logits",
     "load",
     "lower",
+    "norm_ahead",
 ]

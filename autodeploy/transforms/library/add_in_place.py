@@ -65,10 +65,8 @@ class AddInPlace(Transform):
 def _may_overwrite(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     """Whether a fused linear has a residual of its own dtype that it is the last to read."""
     residual: Any = fused_linear.bind(node.args, node.kwargs)["residual"]
-    whole = residual
-    while whole is not None and is_call(whole, aten.reshape.default):
-        whole = whole.args[0]
-    if whole is None or not _is_new(whole):
+    whole = whole_of(residual)
+    if whole is None or not is_new(whole):
         return False
     ours, theirs = node.meta["val"], residual.meta["val"]
     # Symbols compare by expression: never ask the shape environment, which would guard.
@@ -76,7 +74,7 @@ def _may_overwrite(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     if not alike or ours.dtype is not theirs.dtype:
         return False
     read = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
-    views = {whole, *_views(whole)} - {residual}
+    views = {whole, *views_of(whole)} - {residual}
     return (
         read.count(residual) == 1
         and views.isdisjoint(read)
@@ -89,14 +87,21 @@ def _may_overwrite(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     )
 
 
-def _is_new(node: fx.Node) -> bool:
+def whole_of(node: Any) -> Any:
+    """What a node is all of, in another shape maybe."""
+    while is_call(node, aten.reshape.default):
+        node = node.args[0]
+    return node
+
+
+def is_new(node: fx.Node) -> bool:
     """Whether a node's value is known to be in memory of its own, which it fills."""
     if is_call(node, operator.getitem):
         return is_call(node.args[0], *_MAKES_NEW)
     return is_call(node, *_MAKES_NEW)
 
 
-def _views(node: fx.Node) -> set[fx.Node]:
+def views_of(node: fx.Node) -> set[fx.Node]:
     """Nodes that may share memory with `node`, itself apart."""
     found: set[fx.Node] = set()
     pending = [node]
