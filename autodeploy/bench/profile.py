@@ -121,9 +121,7 @@ def _device_figures(window: _Window) -> dict[str, Any]:
 
 
 def _host_figures(window: _Window) -> dict[str, Any]:
-    waits = sorted(
-        (e.time_range.start, e.time_range.end) for e in window.events if e.name == WAIT
-    )
+    waits = sorted((e.time_range.start, e.time_range.end) for e in window.events if e.name == WAIT)
     host = window.microseconds / window.steps
     if len(waits) > 1:
         waited = sum(end - start for start, end in waits[1:])

@@ -10,8 +10,8 @@ GEMV_TOKENS = 1
 """Most tokens `gemv_kernel` is chosen for; it holds sums for 2."""
 DOT_TOKENS = 64
 """Most tokens `dot_kernel` is chosen for; above, cuBLAS."""
-MOST_SQUARES = 128
-"""Partial sums of squares of a row, if each need not stand for more than 64 columns."""
+TILE_COLUMNS = 64
+"""Columns of a tile of `dot_kernel`, of which it leaves one sum of squares for the next norm."""
 NORM_FEW = 32
 """Products of more tokens that only take in a norm have smaller steps."""
 HEAD_ROWS = 65536
@@ -151,14 +151,6 @@ def scaled_ahead(tokens: int) -> bool:
     By the number of tokens alone: who writes and who reads have tilings of their own.
     """
     return GEMV_TOKENS < tokens <= DOT_TOKENS
-
-
-def columns_of_square(width: int) -> int:
-    """Columns that each partial sum of squares of rows of `width` numbers stands for.
-
-    A power of 2, so small that parts of a tile that finish some columns each have one of their own.
-    """
-    return min(64, _power(-(-width // MOST_SQUARES)))
 
 
 def padded(tokens: int) -> int:
