@@ -117,9 +117,10 @@ def test_rows_are_left_scaled_with_their_squares(tiled, tokens, split, norm, str
     assert_left(sums(tokens, norm=norm, dtype=torch.float16))
 
 
-def test_tokens_may_be_more_than_a_tile_has(tiled):
-    tiled(Tiling("dot", block_n=64, block_k=128, block_m=16))
-    for columns in (40, 264):
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_tiles_may_be_larger_and_tokens_more(tiled, block_n):
+    tiled(Tiling("dot", block_n=block_n, block_k=128, block_m=16))
+    for columns in (40, 328):
         assert_left(sums(20, columns=columns, bias=random(columns)))
 
 

@@ -71,19 +71,27 @@ def inverse_roots(partial, eps, K: tl.constexpr):
 
 
 @triton.jit
-def leave_scaled(y, scale, new_scaled, new_squares, column, token, tokens, outputs):
+def leave_scaled(
+    y, scale, new_scaled, new_squares, column, token, tokens, outputs, COLUMNS: tl.constexpr
+):
     """Of finished columns y of the residual stream, what the product after the next norm takes.
 
-    y [BLOCK_N, tokens of a share] times the norm's weight, to new_scaled, and sums of their
-    squares, to new_squares [tokens, tiles].
+    y [BLOCK_N, tokens of a share] times the norm's weight, to new_scaled. Sums of their squares, to
+    new_squares, which have a number for each COLUMNS: a larger tile's is its first, the others 0.
     """
-    mask = (column < outputs)[:, None] & (token < tokens)[None, :]
+    COUNT: tl.constexpr = y.shape[0] // COLUMNS
+    inside = token < tokens
+    mask = (column < outputs)[:, None] & inside[None, :]
     stored = tl.where(mask, y.to(tl.float32), 0.0)
     place = token[None, :] * outputs + column[:, None]
     scaled = stored * scale[:, None]
     tl.store(new_scaled + place, scaled.to(new_scaled.dtype.element_ty), mask=mask)
-    number = token * tl.num_programs(0) + tl.program_id(0)
-    tl.store(new_squares + number, tl.sum(stored * stored, axis=0), mask=token < tokens)
+    numbers = (outputs + COLUMNS - 1) // COLUMNS
+    total = tl.sum(stored * stored, axis=0)
+    for extra in tl.static_range(COUNT):
+        at = tl.program_id(0) * COUNT + extra
+        left = total if extra == 0 else tl.zeros_like(total)
+        tl.store(new_squares + token * numbers + at, left, mask=inside & (at < numbers))
 
 
 @triton.jit
@@ -134,7 +142,7 @@ def dot_kernel(
     new_squares, tokens, outputs, eps, offset,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SQUARES: tl.constexpr, LEAVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SQUARES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_NEXT_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +157,8 @@ def dot_kernel(
     bfloat16.
 
     SQUARES: x is a `new_scaled`, and squares [tokens, SQUARES] are what was left with it; 0: it is
-    no such thing. LEAVES: whether `leave_scaled` is called; next_weight and offset are those of the
-    norm that is to come.
+    no such thing. COLUMNS: of `leave_scaled`; 0: nothing is left. next_weight and offset are those
+    of the norm that is to come.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -181,7 +189,7 @@ def dot_kernel(
     if BLOCK_M <= 64 or SHARED:
         added = residual_tile(residual, column, mine, tokens, outputs, HAS_RESIDUAL)
     scale = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if LEAVES and HAS_NEXT_WEIGHT:
+    if COLUMNS > 0 and HAS_NEXT_WEIGHT:
         loaded = tl.load(next_weight + column, mask=column < outputs, other=0.0)
         scale = shifted(loaded, offset, HAS_OFFSET, ROUNDED)
     # Where parts meet there is time for it then, and registers are free.
@@ -258,5 +266,5 @@ def dot_kernel(
             whole, other, bias, added, out, column, mine, tokens, outputs,
             HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
         )  # fmt: skip
-        if LEAVES:
-            leave_scaled(y, scale, new_scaled, new_squares, column, mine, tokens, outputs)
+        if COLUMNS > 0:
+            leave_scaled(y, scale, new_scaled, new_squares, column, mine, tokens, outputs, COLUMNS)

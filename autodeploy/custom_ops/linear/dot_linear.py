@@ -10,7 +10,7 @@ import torch
 from .. import gpu
 from .add_linear_scaled import scale_of, squares_of
 from .arrivals import MAX_TILES, arrivals_of
-from .skinny_config import TILE_COLUMNS, Tiling, padded
+from .skinny_config import SQUARE_COLUMNS, Tiling, padded
 
 MAX_PARTS = 64
 """Parts of a tile that can wait for each other; fewer if not a power of 2."""
@@ -26,7 +26,7 @@ class NextNorm:
     scaled: torch.Tensor
     """[.., columns]."""
     squares: torch.Tensor
-    """[.., columns / `TILE_COLUMNS`, rounded up] float32."""
+    """[.., columns / `SQUARE_COLUMNS`, rounded up] float32."""
 
     @classmethod
     def of(
@@ -35,7 +35,7 @@ class NextNorm:
     ) -> NextNorm:  # fmt: skip
         """Room for what is left of a residual stream [.., columns]."""
         *before, columns = residual.shape
-        numbers = -(-columns // TILE_COLUMNS)
+        numbers = -(-columns // SQUARE_COLUMNS)
         scaled = torch.empty(residual.shape, dtype=dtype, device=residual.device)
         squares = torch.empty((*before, numbers), dtype=torch.float32, device=residual.device)
         return cls(weight, offset, rounded, scaled, squares)
@@ -50,7 +50,7 @@ class NextNorm:
 
 def can_leave(tiling: Tiling) -> bool:
     """Whether a kernel that finishes this tiling's tiles also leaves what a norm takes."""
-    return tiling.kernel == "dot" and tiling.block_n == TILE_COLUMNS
+    return tiling.kernel == "dot" and not tiling.block_n % SQUARE_COLUMNS
 
 
 def dot_linear(
@@ -82,7 +82,7 @@ def dot_linear(
         tokens, columns, eps, 0.0 if following is None else following.offset,
         K=x.shape[1], BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
         SHARED=shared, SQUARES=0 if squares is None else squares.shape[-1],
-        LEAVES=following is not None,
+        COLUMNS=0 if following is None else SQUARE_COLUMNS,
         HAS_NEXT_WEIGHT=following is not None and following.weight is not None,
         HAS_OFFSET=following is not None and following.offset != 0.0,
         ROUNDED=following is not None and following.rounded,

@@ -10,10 +10,8 @@ GEMV_TOKENS = 1
 """Most tokens `gemv_kernel` is chosen for; it holds sums for 2."""
 DOT_TOKENS = 64
 """Most tokens `dot_kernel` is chosen for; above, cuBLAS."""
-TILE_COLUMNS = 64
-"""Columns of a tile of `dot_kernel`, of which it leaves one sum of squares for the next norm."""
-NORM_FEW = 32
-"""Products of more tokens that only take in a norm have smaller steps."""
+SQUARE_COLUMNS = 64
+"""Columns of which `dot_kernel` leaves one sum of squares for the next norm, or a multiple."""
 HEAD_ROWS = 65536
 """From this many rows on cuBLAS reads a weight as fast as it can be read."""
 NARROW_TOKENS = 64
@@ -26,8 +24,10 @@ WIDE_SPARE = 16
 """Most tokens that a tile of `wide_kernel` may lack."""
 MANY_TOKENS = 2048
 """From this many tokens on a gated product of narrow rows runs on `wide_kernel`."""
-MOST_PARTS = 32
-"""Most parts of a split product."""
+MOST_PARTS, MOST_WIDE_PARTS = 32, 4
+"""Most parts of a split product, of up to 32 tokens and of more."""
+WHOLE_BYTES = 288 * 1024
+"""What a tile may read at most, of the weight and of x, to be left whole."""
 SMALL_BYTES = 192 * 1024
 """Bytes of a weight that counts as small for one token, for each multiprocessor."""
 SHARED_BYTES = 224 * 1024
@@ -91,11 +91,7 @@ def tiling_of(
         if tokens > 16 and -(-columns // 64) <= multiprocessors:
             return filled(128, *shape)
         return bounded(Tiling("dot", 64, 64 if tokens > 32 else 128), *shape)
-    if tokens <= 16:
-        return filled(128, *shape)
-    if not ends and tokens > NORM_FEW:
-        return filled(64, *shape)
-    return bounded(Tiling("dot", 64, 128), *shape)
+    return filled(128 if tokens <= 32 else 64, *shape)
 
 
 def _single(rows: int, width: int, gated: bool, multiprocessors: int) -> Tiling:
@@ -185,9 +181,11 @@ def filled(
 
     What counts is bytes on their way in a multiprocessor: the fewer programs it has, the more
     stages they get. Against `bounded`, us a layer of a chain on an H200: o and down of 4096 and 8
-    tokens 2.7 and 1.5 less, gate and up of 2 x 3072 x 1024 and 64 tokens 3.4; o and down with 64
-    tokens are as fast with either, or slower so. Where there is room for it tokens are parted as
-    well, of gated products, whose parts of K cost more: 1.3 less for the same gate and up.
+    tokens 2.7 and 1.5 less, gate and up of 2 x 3072 x 1024 and 64 tokens 3.4. Parts have to meet,
+    which costs more the more there are, and of the larger a tile: 4096 x 1024 and 64 tokens whole
+    4.6, in two parts 6.1; 1024 x 2048 in four 4.8, in eight 5.0. Where there is room for it tokens
+    are parted as well, of gated products, whose parts of K cost more: 1.3 less for the same gate
+    and up.
     """
     block_n, block_k, block_m = 64, min(block_k, max(16, _power(width))), padded(tokens)
     rows = block_n * (2 if gated else 1)
@@ -197,7 +195,10 @@ def filled(
         tiles *= 2
     stage = 2 * block_k * (rows + block_m)
     warps = 8 if rows * block_m > 64 * 128 else 4
-    most = min(multiprocessors // tiles, steps // 2, MOST_PARTS)
+    parts = MOST_PARTS if block_m <= 32 else MOST_WIDE_PARTS
+    most = min(multiprocessors // tiles, steps // 2, parts)
+    if 2 * width * (rows + block_m) <= WHOLE_BYTES and not gated:
+        most = 1
     split = max((n for n in range(2, most + 1) if not steps % n), default=1)
 
     def stages_of(resident: int) -> int:
