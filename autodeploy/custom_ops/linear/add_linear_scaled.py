@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..op import register_op
 from .add_linear import add_linear
-from .skinny_config import columns_of_square
+from .skinny_config import SQUARE_COLUMNS
 
 
 @register_op(
@@ -47,7 +47,7 @@ def add_linear_scaled(
 
     The next norm has next_weight [N] or none, and its offset and rounding, as in `rms_norm`.
     scaled: the residual as it is stored times the norm's weight, in the product's dtype. squares:
-    float32; their sum over P is that of the row's squares. P: N by `columns_of_square`, rounded up.
+    float32; their sum over P is that of the row's squares. P: N by `SQUARE_COLUMNS`, rounded up.
     An implementation may leave both without values where none of `fused_linear` reads them.
     """
     add_linear.reference(
@@ -72,9 +72,8 @@ def scale_of(weight: torch.Tensor | None, offset: float, rounded: bool) -> torch
 
 def squares_of(stream: torch.Tensor) -> torch.Tensor:
     """Partial sums of squares [.., P] of rows [.., N], float32."""
-    group = columns_of_square(stream.shape[-1])
-    padding = -stream.shape[-1] % group
-    return F.pad(stream, (0, padding)).square().unflatten(-1, (-1, group)).sum(-1)
+    padding = -stream.shape[-1] % SQUARE_COLUMNS
+    return F.pad(stream, (0, padding)).square().unflatten(-1, (-1, SQUARE_COLUMNS)).sum(-1)
 
 
 @add_linear_scaled.fake
@@ -86,6 +85,6 @@ def _(
     **named: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *before, columns = residual.shape
-    numbers = -(-columns // columns_of_square(columns))
+    numbers = -(-columns // SQUARE_COLUMNS)
     scaled = residual.new_empty(residual.shape, dtype=weight.dtype)
     return scaled, residual.new_empty((*before, numbers), dtype=torch.float32)

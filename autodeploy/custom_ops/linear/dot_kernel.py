@@ -72,31 +72,26 @@ def inverse_roots(partial, eps, K: tl.constexpr):
 
 @triton.jit
 def leave_scaled(
-    y, scale, new_scaled, new_squares, column, first_column, token, tokens, outputs,
-    GROUP: tl.constexpr,
-):  # fmt: skip
+    y, scale, new_scaled, new_squares, column, token, tokens, outputs, COLUMNS: tl.constexpr
+):
     """Of finished columns y of the residual stream, what the product after the next norm takes.
 
-    y [columns, BLOCK_M] times the norm's weight, to new_scaled, and sums of their squares, to the
-    first of the numbers of new_squares, one for each GROUP of columns, that stand for these
-    columns; the others are 0.
+    y [BLOCK_N, tokens of a share] times the norm's weight, to new_scaled. Sums of their squares, to
+    new_squares, which have a number for each COLUMNS: a larger tile's is its first, the others 0.
     """
-    COUNT: tl.constexpr = y.shape[0] // GROUP
+    COUNT: tl.constexpr = y.shape[0] // COLUMNS
     inside = token < tokens
     mask = (column < outputs)[:, None] & inside[None, :]
     stored = tl.where(mask, y.to(tl.float32), 0.0)
     place = token[None, :] * outputs + column[:, None]
     scaled = stored * scale[:, None]
     tl.store(new_scaled + place, scaled.to(new_scaled.dtype.element_ty), mask=mask)
-    total = tl.sum(stored * stored, axis=0)[None, :]
-    number = tl.arange(0, COUNT)
-    at = first_column // GROUP + number
-    numbers = (outputs + GROUP - 1) // GROUP
-    tl.store(
-        new_squares + token[None, :] * numbers + at[:, None],
-        tl.where((number == 0)[:, None], total, 0.0),
-        mask=(at < numbers)[:, None] & inside[None, :],
-    )
+    numbers = (outputs + COLUMNS - 1) // COLUMNS
+    total = tl.sum(stored * stored, axis=0)
+    for extra in tl.static_range(COUNT):
+        at = tl.program_id(0) * COUNT + extra
+        left = total if extra == 0 else tl.zeros_like(total)
+        tl.store(new_squares + token * numbers + at, left, mask=inside & (at < numbers))
 
 
 @triton.jit
@@ -126,16 +121,18 @@ def is_last(arrivals, SPLIT: tl.constexpr):
 
 @triton.jit
 def gather(
-    slots, index, SPLIT: tl.constexpr, SLOT: tl.constexpr, AREA: tl.constexpr, GATED: tl.constexpr
-):
+    slots, index, mask, SPLIT: tl.constexpr, SLOT: tl.constexpr, AREA: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
     """Sums, in order, of what the parts of a tile left at `index` of their slots."""
     first = tl.zeros(index.shape, tl.float32)
     second = first
     for part in tl.static_range(SPLIT):
         # Other programs wrote it: past the first-level cache.
-        first += tl.load(slots + part * SLOT + index, cache_modifier=".cg")
+        slot = slots + part * SLOT
+        first += tl.load(slot + index, mask=mask, other=0.0, cache_modifier=".cg")
         if GATED:
-            second += tl.load(slots + part * SLOT + AREA + index, cache_modifier=".cg")
+            second += tl.load(slot + AREA + index, mask=mask, other=0.0, cache_modifier=".cg")
     return first, second
 
 
@@ -145,7 +142,7 @@ def dot_kernel(
     new_squares, tokens, outputs, eps, offset,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SQUARES: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SQUARES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_NEXT_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUNDED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -153,15 +150,15 @@ def dot_kernel(
 
     Program (i, j, m) makes columns i * BLOCK_N .. of tokens m * BLOCK_M .. over the j-th of SPLIT
     parts of K, whose sums are added up in order: by the part of a tile that is the last to arrive,
-    or, SHARED, by each part for its share of the columns. These wait for each other, so all
-    programs must run at a time. scratch: float32, for each program what it makes. arrivals: int32,
+    or, SHARED, by each part for its share of the tokens. These wait for each other, so all programs
+    must run at a time. scratch: float32, for each program what it makes. arrivals: int32,
     one per tile; zeros, or if SHARED multiples of ROUND. EARLY: bytes of each weight row that are
     asked for before the wait. WIDE: products of float32, for the interpreter, which has none of
     bfloat16.
 
     SQUARES: x is a `new_scaled`, and squares [tokens, SQUARES] are what was left with it; 0: it is
-    no such thing. GROUP: columns that each of new_squares stands for; 0: nothing is left. These are
-    described in `leave_scaled`; next_weight and offset are those of the norm that is to come.
+    no such thing. COLUMNS: of `leave_scaled`; 0: nothing is left. next_weight and offset are those
+    of the norm that is to come.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -183,21 +180,21 @@ def dot_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    own = tl.arange(0, BLOCK_N)
+    own = beside
     if SHARED:
-        own = part * (BLOCK_N // SPLIT) + tl.arange(0, BLOCK_N // SPLIT)
+        own = part * (BLOCK_M // SPLIT) + tl.arange(0, BLOCK_M // SPLIT)
+    mine = tl.program_id(2) * BLOCK_M + own
     # Asked for before the loop, which hides it, if it is a few registers. Nobody has written the
     # result yet, which may go to where this lies.
     if BLOCK_M <= 64 or SHARED:
-        added = residual_tile(residual, tile * BLOCK_N + own, token, tokens, outputs, HAS_RESIDUAL)
-    scale = tl.full(own.shape, 1.0, tl.float32)
-    if GROUP > 0 and HAS_NEXT_WEIGHT:
-        owned = tile * BLOCK_N + own
-        loaded = tl.load(next_weight + owned, mask=owned < outputs, other=0.0)
+        added = residual_tile(residual, column, mine, tokens, outputs, HAS_RESIDUAL)
+    scale = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if COLUMNS > 0 and HAS_NEXT_WEIGHT:
+        loaded = tl.load(next_weight + column, mask=column < outputs, other=0.0)
         scale = shifted(loaded, offset, HAS_OFFSET, ROUNDED)
     # Where parts meet there is time for it then, and registers are free.
     if SQUARES > 0 and SPLIT == 1:
-        partial = squares_tile(squares, token, tokens, SQUARES)
+        partial = squares_tile(squares, mine, tokens, SQUARES)
     first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = first
     w_tile = rows[:, None] + k[None, :]
@@ -232,57 +229,42 @@ def dot_kernel(
                 v = v.to(tl.float32)
             second = tl.dot(v, across, second)
     if not (BLOCK_M <= 64 or SHARED):
-        added = residual_tile(residual, tile * BLOCK_N + own, token, tokens, outputs, HAS_RESIDUAL)
+        added = residual_tile(residual, column, mine, tokens, outputs, HAS_RESIDUAL)
 
-    if SPLIT == 1:
-        if SQUARES > 0:
-            inverse = inverse_roots(partial, eps, K)
-            first *= inverse
-            if GATED:
-                second *= inverse
-        y = finish(
-            first, second, bias, added, out, column, token, tokens, outputs,
-            HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
-        )  # fmt: skip
-        if GROUP > 0:
-            leave_scaled(
-                y, scale, new_scaled, new_squares, column, tile * BLOCK_N, token, tokens, outputs,
-                GROUP,
-            )  # fmt: skip
-    else:
+    complete = True
+    if SPLIT > 1:
         AREA: tl.constexpr = BLOCK_N * BLOCK_M
         SLOT: tl.constexpr = AREA * (2 if GATED else 1)
         number = tl.program_id(2) * tl.num_programs(0) + tile
         slots = scratch + number.to(tl.int64) * (SPLIT * SLOT)
-        index = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + beside[None, :]
+        within = tl.arange(0, BLOCK_N)[:, None]
+        # Token by token, so that shares lie together.
+        index = within + beside[None, :] * BLOCK_N
         tl.store(slots + part * SLOT + index, first)
         if GATED:
             tl.store(slots + part * SLOT + AREA + index, second)
         if SQUARES > 0:
-            partial = squares_tile(squares, token, tokens, SQUARES)
-        complete = True
+            partial = squares_tile(squares, mine, tokens, SQUARES)
         if SHARED:
             arrive(arrivals + number, SPLIT)
         else:
             complete = is_last(arrivals + number, SPLIT)
-        if complete:
+    if complete:
+        whole = first
+        other = second
+        if SPLIT > 1:
             whole, other = gather(
-                slots, own[:, None] * BLOCK_M + beside[None, :], SPLIT, SLOT, AREA, GATED
-            )
-            if SQUARES > 0:
-                inverse = inverse_roots(partial, eps, K)
-                whole *= inverse
-                if GATED:
-                    other *= inverse
-            y = finish(
-                whole, other, bias, added, out, tile * BLOCK_N + own, token, tokens, outputs,
-                HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
+                slots, within + own[None, :] * BLOCK_N, (mine < tokens)[None, :], SPLIT, SLOT, AREA,
+                GATED,
             )  # fmt: skip
-            if GROUP > 0:
-                start = tile * BLOCK_N
-                if SHARED:
-                    start += part * (BLOCK_N // SPLIT)
-                leave_scaled(
-                    y, scale, new_scaled, new_squares, tile * BLOCK_N + own, start, token, tokens,
-                    outputs, GROUP,
-                )  # fmt: skip
+        if SQUARES > 0:
+            inverse = inverse_roots(partial, eps, K)
+            whole *= inverse
+            if GATED:
+                other *= inverse
+        y = finish(
+            whole, other, bias, added, out, column, mine, tokens, outputs,
+            HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
+        )  # fmt: skip
+        if COLUMNS > 0:
+            leave_scaled(y, scale, new_scaled, new_squares, column, mine, tokens, outputs, COLUMNS)

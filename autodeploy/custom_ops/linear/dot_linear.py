@@ -10,7 +10,7 @@ import torch
 from .. import gpu
 from .add_linear_scaled import scale_of, squares_of
 from .arrivals import MAX_TILES, arrivals_of
-from .skinny_config import Tiling, columns_of_square, padded
+from .skinny_config import SQUARE_COLUMNS, Tiling, padded
 
 MAX_PARTS = 64
 """Parts of a tile that can wait for each other; fewer if not a power of 2."""
@@ -26,7 +26,7 @@ class NextNorm:
     scaled: torch.Tensor
     """[.., columns]."""
     squares: torch.Tensor
-    """[.., columns / `columns_of_square`, rounded up] float32."""
+    """[.., columns / `SQUARE_COLUMNS`, rounded up] float32."""
 
     @classmethod
     def of(
@@ -35,7 +35,7 @@ class NextNorm:
     ) -> NextNorm:  # fmt: skip
         """Room for what is left of a residual stream [.., columns]."""
         *before, columns = residual.shape
-        numbers = -(-columns // columns_of_square(columns))
+        numbers = -(-columns // SQUARE_COLUMNS)
         scaled = torch.empty(residual.shape, dtype=dtype, device=residual.device)
         squares = torch.empty((*before, numbers), dtype=torch.float32, device=residual.device)
         return cls(weight, offset, rounded, scaled, squares)
@@ -48,9 +48,9 @@ class NextNorm:
         self.squares.copy_(squares_of(wide))
 
 
-def can_leave(tiling: Tiling, columns: int) -> bool:
+def can_leave(tiling: Tiling) -> bool:
     """Whether a kernel that finishes this tiling's tiles also leaves what a norm takes."""
-    return tiling.kernel == "dot" and not tiling.block_n % columns_of_square(columns)
+    return tiling.kernel == "dot" and not tiling.block_n % SQUARE_COLUMNS
 
 
 def dot_linear(
@@ -66,8 +66,7 @@ def dot_linear(
     programs, token_tiles = -(-columns // tiling.block_n), -(-tokens // block_m)
     tiles = programs * token_tiles
     split = tiling.split if tiles <= MAX_TILES else 1
-    group = 0 if following is None else columns_of_square(columns)
-    shared = _shared(tiling, tiles, max(1, group))
+    shared = _shared(tiling, tiles, block_m)
     scratch = arrivals = out
     if split > 1:
         area = tiling.block_n * block_m * (2 if options["GATED"] else 1)
@@ -82,7 +81,8 @@ def dot_linear(
         *operands, scratch, arrivals, scratch if squares is None else squares, *left,
         tokens, columns, eps, 0.0 if following is None else following.offset,
         K=x.shape[1], BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SPLIT=split,
-        SHARED=shared, SQUARES=0 if squares is None else squares.shape[-1], GROUP=group,
+        SHARED=shared, SQUARES=0 if squares is None else squares.shape[-1],
+        COLUMNS=0 if following is None else SQUARE_COLUMNS,
         HAS_NEXT_WEIGHT=following is not None and following.weight is not None,
         HAS_OFFSET=following is not None and following.offset != 0.0,
         ROUNDED=following is not None and following.rounded,
@@ -91,16 +91,16 @@ def dot_linear(
     )  # fmt: skip
 
 
-def _shared(tiling: Tiling, tiles: int, least: int) -> bool:
+def _shared(tiling: Tiling, tiles: int, block_m: int) -> bool:
     """Whether each part of a tile adds up a share of it, for which parts wait for each other.
 
-    If all programs run at a time, which one a multiprocessor does for sure, and a share has at
-    least `least` columns. In us a layer of a chain of products on an H200, and what it was with one
-    part that adds up the tile: 64 tokens, 0.6B 24.7 (26.9), 1B 45.5 (46.9); 8 tokens 22.0 (23.1).
+    If all programs run at a time, which one a multiprocessor does for sure. In us a layer of a
+    chain of products on an H200, and what it was with one part that adds up the tile: 64 tokens,
+    0.6B 24.7 (26.9), 1B 45.5 (46.9); 8 tokens 22.0 (23.1).
     """
     parts = tiling.split
     together = parts * tiles <= gpu.multiprocessors() and not gpu.interpreted()
-    return together and 1 < parts <= tiling.block_n // least and not MAX_PARTS % parts
+    return together and 1 < parts <= block_m and not MAX_PARTS % parts
 
 
 def early_bytes(tiling: Tiling, weight: torch.Tensor, split: int) -> int:

@@ -10,12 +10,10 @@ GEMV_TOKENS = 1
 """Most tokens `gemv_kernel` is chosen for; it holds sums for 2."""
 DOT_TOKENS = 64
 """Most tokens `dot_kernel` is chosen for; above, cuBLAS."""
-AHEAD_TOKENS = 32
-"""Most tokens whose rows are scaled ahead of a norm. In us a layer of a chain of products on an H200,
-and with the norm as a launch: 8 tokens, 0.6B 20.3 and 21.3, 1B 40.9 and 42.1, 8B 115.8 and 116.3; 32
-tokens 23.5 and 23.8, 43.8 and 45.2, 120.2 and 120.9; 64 tokens 26.9 and 25.0, 47.2 and 46.4."""
-MOST_SQUARES = 128
-"""Partial sums of squares of a row, if each need not stand for more than 64 columns."""
+AHEAD_TOKENS = 64
+"""Most tokens whose rows are scaled ahead of a norm."""
+SQUARE_COLUMNS = 64
+"""Columns of which `dot_kernel` leaves one sum of squares for the next norm, or a multiple."""
 HEAD_ROWS = 65536
 """From this many rows on cuBLAS reads a weight as fast as it can be read."""
 NARROW_TOKENS = 64
@@ -155,14 +153,6 @@ def scaled_ahead(tokens: int) -> bool:
     return GEMV_TOKENS < tokens <= AHEAD_TOKENS
 
 
-def columns_of_square(width: int) -> int:
-    """Columns that each partial sum of squares of rows of `width` numbers stands for.
-
-    A power of 2, so small that parts of a tile that finish some columns each have one of their own.
-    """
-    return min(64, _power(-(-width // MOST_SQUARES)))
-
-
 def padded(tokens: int) -> int:
     """Tokens as `dot_kernel` pads them: a power of 2 from 16."""
     return max(16, 1 << (tokens - 1).bit_length())
@@ -233,7 +223,7 @@ def bounded(
     stage = 2 * block_k * (tiling.block_n * (2 if gated else 1) + padded(tokens))
     stages = max(1, min(tiling.stages, SHARED_BYTES // stage))
     programs = -(-columns // tiling.block_n)
-    # Parts that meet are there all at once: 64 tokens, 2560 x 10240 in 160 programs 26 us, in 80 20.
+    # Parts that meet are there at once: 64 tokens, 2560 x 10240 in 160 programs 26 us, in 80 20.
     most = 3 * multiprocessors // 2 if gated else multiprocessors
     split = 1
     while programs * split * 2 <= most and width >= split * 2 * block_k * stages:

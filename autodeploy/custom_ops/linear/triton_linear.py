@@ -173,7 +173,7 @@ def _product(
     out = residual if in_place else None
     plain = residual is None or residual.dtype is weight.dtype
     leaves = following is not None and scaled_ahead(tokens)
-    within = leaves and can_leave(tiling, rows // 2 if gated else rows)
+    within = leaves and can_leave(tiling)
     if tiling.kernel == "wide" and plain and can_be_wide(x, weight):
         y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
     elif tiling.kernel in ("cublas", "wide"):
