@@ -42,6 +42,17 @@ class Replayed:
         self.logits = self.step()
 
 
+class Told:
+    """Changes of block tables, told to the devices' copies of two steps."""
+
+    def __init__(self, *copies):
+        self.copies = copies
+
+    def __setitem__(self, place, page):
+        for copy in self.copies:
+            copy[place] = page
+
+
 class Both:
     """Each step unpadded with one runner and padded with another, whose caches are its own."""
 
@@ -79,7 +90,9 @@ def engine_of(runner, other, sizes=SIZES):
     device = DeviceStep(runner, tables, slots, (), sizes)
     launched = HostStep(other, tables, slots)
     if runner.contract.device.type != "cpu":
+        first = tables.changes
         launched = DeviceStep(other, tables, slots, (), [])
+        tables.changes = {name: Told(first[name], tables.changes[name]) for name in first}
     engine._step = Both(launched, device)
     return engine, device.counts
 

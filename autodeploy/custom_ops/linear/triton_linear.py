@@ -161,7 +161,7 @@ def _product(
     ends = bool(activation) or residual is not None
     tiling = tiling_of(tokens, rows, width, gated, gpu.multiprocessors(), ends, norm)
     squares = None
-    if norm and ahead is not None and scaled_ahead(tokens) and tiling.kernel == "dot":
+    if norm and ahead is not None and scaled_ahead(tokens, width) and tiling.kernel == "dot":
         (x, squares), norm = ahead, False
     elif norm and tiling.kernel != "gemv":
         form = (norm_weight, eps, norm_offset, cast_before_weight)
@@ -172,7 +172,7 @@ def _product(
     # One object for both: cuBLAS copies a residual that is not the very tensor it writes.
     out = residual if in_place else None
     plain = residual is None or residual.dtype is weight.dtype
-    leaves = following is not None and scaled_ahead(tokens)
+    leaves = following is not None and scaled_ahead(tokens, shape[-1])
     within = leaves and can_leave(tiling)
     if tiling.kernel == "wide" and plain and can_be_wide(x, weight):
         y = wide_linear(x, weight, bias, activation, gated, residual, tiling, out)
