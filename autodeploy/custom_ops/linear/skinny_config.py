@@ -28,8 +28,10 @@ MANY_TOKENS = 2048
 """From this many tokens on a gated product of narrow rows runs on `wide_kernel`."""
 MOST_PARTS, MOST_WIDE_PARTS = 32, 4
 """Most parts of a split product, of up to 32 tokens and of more."""
-WHOLE_BYTES = 288 * 1024
-"""What a tile may read at most, of the weight and of x, to be left whole."""
+WHOLE_BYTES = 192 * 1024
+"""What a tile may read at most, of the weight and of x, to be left whole. In us a layer of a chain
+of products on an H200, 4096 x 1024 of it whole and in two parts: 16 tokens 20.2 and 20.8, 64 tokens
+25.7 and 25.1."""
 SMALL_BYTES = 192 * 1024
 """Bytes of a weight that counts as small for one token, for each multiprocessor."""
 SHARED_BYTES = 224 * 1024
@@ -190,10 +192,9 @@ def filled(
     What counts is bytes on their way in a multiprocessor: the fewer programs it has, the more
     stages they get. Against `bounded`, us a layer of a chain on an H200: o and down of 4096 and 8
     tokens 2.7 and 1.5 less, gate and up of 2 x 3072 x 1024 and 64 tokens 3.4. Parts have to meet,
-    which costs more the more there are, and of the larger a tile: 4096 x 1024 and 64 tokens whole
-    4.6, in two parts 6.1; 1024 x 2048 in four 4.8, in eight 5.0. Where there is room for it tokens
-    are parted as well, of gated products, whose parts of K cost more: 1.3 less for the same gate
-    and up.
+    which costs more the more there are, and of the larger a tile: 1024 x 2048 and 64 tokens in four
+    4.8, in eight 5.0. Where there is room for it tokens are parted as well, of gated products,
+    whose parts of K cost more: 1.3 less for the same gate and up.
     """
     block_n, block_k, block_m = 64, min(block_k, max(16, _power(width))), padded(tokens)
     rows = block_n * (2 if gated else 1)
