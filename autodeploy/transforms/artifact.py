@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def store(
         FORMAT, nodes, weights, own, _contract_to_dict(program.contract), dict(facts), regions
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_bytes(msgspec.msgpack.encode(stored))
     unfinished.replace(path)
     return None

@@ -41,7 +41,7 @@ class RunningServer:
         self.server = Server(uvicorn_config(self.app, config), self.service)
         self._thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self._thread.start()
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=60)
         eventually(lambda: self.server.started)
 
     def post(self, path, **fields):
@@ -52,7 +52,7 @@ class RunningServer:
         self.server.handle_exit(15, None)
 
     def join(self):
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def close(self):
@@ -69,7 +69,7 @@ class RunningServer:
             return executor._engine.stats().pages_used
 
 
-def eventually(condition, seconds=10.0):
+def eventually(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"it did not come about within {seconds} seconds"

@@ -56,7 +56,7 @@ class Served:
         line = self.process.stdout.readline()
         self.url = re.search(r"https?://\S+", line)[0] if "://" in line else line
         self.client = httpx.Client(
-            base_url=self.url, timeout=30, headers={"Authorization": f"Bearer {KEY}"}
+            base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {KEY}"}
         )
 
     def engine(self):

@@ -26,7 +26,7 @@ def check(outcome, kills):
 
 
 def test_three_kills_under_load_lose_nobody_and_leave_nothing():
-    check(chaos(3, clients=40, most_wait=0.5), 3)
+    check(chaos(3, clients=20, most_wait=0.5), 3)
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_one_bad_prompt_of_several_aborts_the_others(server):
 
 
 def test_a_request_that_takes_too_long_ends_with_an_error(own):
-    running = own(request_timeout=0.4)
+    running = own(request_timeout=1.0)
     response = running.post(TEXT, **LONG)
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "request_timeout"

@@ -87,7 +87,7 @@ def test_a_completion_streams_into_the_page(page, url):
     opened(page, url)
     page.get_by_label("text to continue").check()
     page.get_by_label("Prompt", exact=True).fill("def fib(n):")
-    page.get_by_label("Most tokens").fill("24")
+    page.get_by_label("Most tokens").fill("48")
     page.evaluate("""
       window.lengths = [];
       new MutationObserver(() => lengths.push(document.getElementById("output").textContent.length))

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from running_server import RunningServer, demo_engine, eventually
 
-CLIENTS = 200
-AT_ONCE = 60
+CLIENTS = 120
+AT_ONCE = 40
 SHARED = "def add(a, b):\n    return a + b\n\n" * 3
 
 

@@ -99,6 +99,8 @@ def test_a_lowered_model_runs_the_kernels_and_keeps_its_logits():
     program = program_of(model)
     names = ("fuse_linear", "fuse_expert_sum", "fuse_add_norm", "fuse_router", "fuse_router_linear")
     with gpu.interpreted_kernels():
-        run_recipe(program, load_recipe("default", dict.fromkeys(names, ON_CPU)), check=check)
+        run_recipe(program, load_recipe("default", dict.fromkeys(names, ON_CPU)))
+        # Once: interpreted kernels are slow, and the steps have checks of their own above.
+        assert check.error(program) <= check.reference.limit(torch.bfloat16)
     chosen = {n.meta["op"]: n.meta["implementation"] for n in program.graph.nodes if "op" in n.meta}
     assert chosen["routed"] == chosen["experts"] == "triton"
