@@ -126,6 +126,43 @@ def test_the_kernel_for_some_tokens_equals_the_reference(tiled, device, dtype, f
     assert_close(run(given), given)
 
 
+class LaunchedTwice:
+    """A kernel whose programs find, the second time, what all of them left the first time."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            for _ in range(2):
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.skipif(not gpu.interpreted(), reason="on a GPU parts wait for each other themselves")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize(("tokens", "split"), [(5, 4), (40, 2), (16, 8)])
+def test_each_part_of_a_tile_adds_up_its_share(tiled, monkeypatch, dtype, form, tokens, split):
+    import triton
+    import triton.language as tl
+
+    from autodeploy.custom_ops.linear import dot_kernel, dot_linear
+
+    @triton.jit
+    def go_on(arrivals, SPLIT: tl.constexpr):
+        pass
+
+    # The interpreter runs programs one after the other: nobody can be waited for.
+    monkeypatch.setattr(dot_kernel, "arrive", go_on)
+    monkeypatch.setattr(dot_kernel, "dot_kernel", LaunchedTwice(dot_kernel.dot_kernel))
+    monkeypatch.setattr(dot_linear, "_shared", lambda *_: True)
+    tiled(Tiling("dot", block_n=16, block_k=32, split=split))
+    given = arguments(tokens, 56, 256, FORMS[form], dtype=dtype)
+    assert_close(run(given), given)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("split", [1, 3])
