@@ -18,7 +18,7 @@ def crowded():
     """Float32, so that answers do not depend on who else is in a batch; pages for a few."""
     running = RunningServer(
         demo_engine(
-            dtype="float32", max_num_seqs=12, num_pages=50, block_size=8, max_num_batched_tokens=96,
+            dtype="float32", max_num_seqs=12, num_pages=60, block_size=4, max_num_batched_tokens=96,
             max_model_len=128,
         )
     )  # fmt: skip
@@ -31,7 +31,7 @@ def body_of(number):
     source = random.Random(number)
     body = {
         "prompt": SHARED * source.randint(0, 1) + f"class Visitor{number}:\n    def __init__(",
-        "max_tokens": source.randint(8, 24), "ignore_eos": True, "temperature": 0,
+        "max_tokens": source.randint(16, 40), "ignore_eos": True, "temperature": 0,
         "return_token_ids": True,
     }  # fmt: skip
     extras = [
