@@ -232,7 +232,7 @@ class _Chaos:
             return None, 0
         if not re.search(rb'"finish_reason": ?"length"', answer):
             self.outcome.wrong.append(f"an answer without a finish reason: {answer[-200:]!r}")
-        return _text(answer), completion_tokens(answer)
+        return _text(answer, streams), completion_tokens(answer)
 
     def note_end(self, number, error):
         began, kill = self.open.pop(number), self.watched
@@ -265,7 +265,7 @@ class _Chaos:
 
     async def ask(self, body):
         request = self.address.request("POST", "/v1/completions", body)
-        return _text(await self.connections.ask(request, Reads(0.0)))
+        return _text(await self.connections.ask(request, Reads(0.0)), streams=False)
 
     async def probe(self, path):
         """Notes how long a probe says 503, and whether it ever says nothing."""
@@ -365,11 +365,10 @@ class _Chaos:
         }
 
 
-def _text(answer):
-    """The text of a whole answer, or of those events whose all is there."""
-    body = answer.strip()
-    if body.startswith(b"{"):
-        return json.loads(body)["choices"][0]["text"]
+def _text(answer, streams):
+    """The text of a whole answer, or of those events of a stream's end whose all is there."""
+    if not streams:
+        return json.loads(answer)["choices"][0]["text"]
     text = ""
     for data in re.findall(rb"data: (\{.*\})\n\n", answer):
         for choice in json.loads(data)["choices"]:
