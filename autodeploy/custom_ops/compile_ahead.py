@@ -116,6 +116,7 @@ class KernelsAhead:
         self._requests: dict[Request, None] = {}
         self._done: set[Request] = set()
         self._asking = 0.0
+        self._failed = False
 
     def ask(self, step: Callable[[], object]) -> None:
         """Runs `step` without launching kernels of ours, and notes which it would have."""
@@ -126,8 +127,18 @@ class KernelsAhead:
             with _noted(self._requests), _Zeros():
                 step()
         except Exception as error:  # noqa: BLE001 - it runs again, and will raise what matters
-            _log.debug("a step whose kernels are compiled ahead failed", exc_info=error)
+            self._say_failed(error)
         self._asking += time.perf_counter() - began
+
+    def _say_failed(self, error: Exception) -> None:
+        """Once: what stops one step will stop others like it."""
+        _log.debug("a step whose kernels are compiled ahead failed", exc_info=error)
+        if not self._failed:
+            _log.warning(
+                "kernels of a step were not found ahead of it and are compiled at their first "
+                "launch, which makes this start longer: %s: %s", type(error).__name__, error,
+            )  # fmt: skip
+        self._failed = True
 
     def compile(self) -> None:
         """Makes ready what was asked for since the last time; returns when all is."""

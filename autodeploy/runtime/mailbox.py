@@ -8,14 +8,12 @@ not disturbed by the next one being prepared. The device counts the turns too.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 
 from autodeploy.custom_ops.step import FIELDS
 
-from .sampling import SampleResult, Sampling, best_result
+from .sampling import Sampling, best_result
 from .staging import RING
 
 
@@ -75,9 +73,6 @@ class Mailbox:
             self._events[at].synchronize()
             self._answered[at] = True
 
-        collect = partial(self._collect, answers, rows)
-        return Sampling(None, collect, wait if self._events else None)
-
-    @staticmethod
-    def _collect(answers: np.ndarray, rows: np.ndarray) -> SampleResult:
-        return best_result(answers.copy(), rows.copy())
+        return Sampling(
+            None, lambda: best_result(answers.copy(), rows.copy()), wait if self._events else None
+        )

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .gemv_kernel import gate, prefetch, shifted
 
-# More than the most parts that wait for each other.
+# The most parts that can wait for each other, `dot_linear.MAX_PARTS`.
 ROUND = tl.constexpr(64)
 
 

@@ -95,8 +95,8 @@ def _shared(tiling: Tiling, tiles: int, block_m: int) -> bool:
     """Whether each part of a tile adds up a share of it, for which parts wait for each other.
 
     If all programs run at a time, which one a multiprocessor does for sure. In us a layer of a
-    chain of products on an H200, and what it was with one part that adds up the tile: 64 tokens,
-    0.6B 24.7 (26.9), 1B 45.5 (46.9); 8 tokens 22.0 (23.1).
+    chain of products on an H200, and what it was with one part that adds up the tile and tilings
+    that differ in part: 64 tokens, 0.6B 25.1 (26.9), 1B 46.4 (46.9); 8 tokens, 0.6B 21.5 (23.1).
     """
     parts = tiling.split
     together = parts * tiles <= gpu.multiprocessors() and not gpu.interpreted()
